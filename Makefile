@@ -1,0 +1,48 @@
+# On a machine with only Python and make: `make demo`, `make test`, `make check`.
+# Each sets up .venv first, once, and again only when pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-done
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(SETUP) ## set up .venv with everything that the other targets need
+
+# torch goes first and alone: pinned, it takes the build that this machine's pip offers, and nothing after replaces it.
+$(SETUP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV); the first time this takes a few minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) --editable '.[cli,video,digest,bench,dev]'
+	@touch $@
+
+demo: $(SETUP) ## run the demonstration: make demo ARGS="picture.jpg --ranks 4"
+	@$(BIN)/shmcast demo $(ARGS)
+
+test: $(SETUP) ## run the tests: make test ARGS="-k arena -x"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(SETUP) ## format, lint, types, layers, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: $(SETUP) ## format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(SETUP) ## measure: make bench ARGS="--help"
+	@$(BIN)/python benchmarks/bench_broadcast.py $(ARGS)
+
+clean: ## delete caches and build outputs; .venv stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find shmcast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
