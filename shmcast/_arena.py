@@ -1,0 +1,392 @@
+"""The writer's memory: its control segment, its arena segments, what its readers say, who holds what.
+
+Owner: the writer creates every segment and semaphore, and unlinks every name as soon as each reader that lives has
+mapped it. Readers die, leave or never come; what they hold comes back when the kernel says that their lock is free.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+import posix_ipc
+
+from shmcast import _segment
+from shmcast._blocks import Block, Blocks
+from shmcast._layout import (
+    MAX_SEGMENTS,
+    MAX_TICKETS,
+    NEVER,
+    PAGE,
+    RING_ENTRIES,
+    SEGMENTS_OFFSET,
+    TOKEN_BYTES,
+    EntryKind,
+    Kind,
+    SegmentHeader,
+    control_size,
+    mark_withdrawn,
+    ring_offset,
+    round_up,
+    write_word,
+)
+from shmcast._peers import WRITER_BYTE, Seat, is_taken
+from shmcast._ring import Inbox, fence
+from shmcast._room import room
+from shmcast._segment import STEP, Segment
+from shmcast._tickets import Held, Tickets
+from shmcast._wire import Address, Handle
+from shmcast.errors import ArenaFull
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+MAX_CAPACITY = 2 << 30
+IDLE_POLLS = 600
+LONGEST_PAUSE = 0.1
+
+
+class _Peer:
+    """What the writer knows of one reader."""
+
+    def __init__(self, inbox: Inbox, wake: posix_ipc.Semaphore) -> None:
+        self.inbox = inbox
+        self.wake = wake
+        self.mapped: set[int] = set()
+        self.left = False
+        self.dead = False
+
+    def close(self) -> None:
+        self.inbox.close()
+        self.wake.close()
+
+    @property
+    def listens(self) -> bool:
+        """Whether it can still open what is published."""
+        return not (self.left or self.dead)
+
+
+class Arena:
+    """Blocks in shared memory for `readers` readers; safe to use from any thread."""
+
+    def __init__(
+        self, readers: int, capacity: int | None, rank: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Raises `ArenaFull` where there is no shared memory to be had, `OSError` where the system refuses it."""
+        self.address = Address(secrets.token_bytes(TOKEN_BYTES), rank, readers)
+        self.capacity = default_capacity() if capacity is None else capacity
+        self.clock = clock
+        self._lock = threading.Lock()
+        self._growing = threading.Lock()
+        self._stop = threading.Event()
+        self._blocks = Blocks()
+        self._tickets = Tickets(readers)
+        self._expired: SimpleQueue[Block] = SimpleQueue()
+        self._segments: list[Segment] = []
+        self._retired: set[int] = set()
+        self._named: list[Segment] = []
+        self._control = self._create_control(readers)
+        self._seat: Seat | None = None
+        self._peers: tuple[_Peer, ...] = ()
+        try:
+            self._seat = Seat(self._control.fd, WRITER_BYTE)
+            self._peers = tuple(self._create_peer(i) for i in range(readers))
+            self._add_segment(min(self.capacity, STEP))
+        except BaseException:
+            self.close()
+            raise
+        self._idle = threading.Thread(target=self._unlink_when_mapped, name="shmcast-unlink", daemon=True)
+        self._idle.start()
+
+    # Memory.
+
+    def segment(self, number: int) -> Segment:
+        """The segment a block lies in."""
+        return self._segments[number]
+
+    def reserve(self, length: int, wait: float, readers: Iterable[int] = (), opens: int = 0) -> Block:
+        """A block of `length` bytes with one claim, once each of `readers` can be given `opens` tickets.
+
+        In this order: drain what readers have released, grow, take back what the dead hold, wait. `ArenaFull` then.
+        """
+        readers = tuple(readers)
+        block = self._try(length, readers, opens)
+        if block is not None:
+            return block
+        deadline = time.monotonic() + wait
+        trouble = self._grow(length) if self._room(readers, opens) else f"a reader holds {MAX_TICKETS} leases, the most"
+        self.reclaim()
+        pause = 0.0
+        while True:
+            block = self._try(length, readers, opens)
+            if block is not None:
+                return block
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ArenaFull(self._explain(length, wait, trouble))
+            time.sleep(min(pause, left))
+            pause = min(2 * pause + 1e-5, 2e-3)
+
+    def free(self, block: Block) -> None:
+        """Give up a claim."""
+        with self._lock:
+            self._blocks.unclaim(block)
+
+    def expire(self, block: Block) -> None:
+        """Give up a claim from a finalizer: only noted, done at the next reserve."""
+        self._expired.put(block)
+
+    def block_of(self, address: int, length: int) -> tuple[Block, int] | None:
+        """The live block that `[address, address + length)` lies in, and the offset in it; None for other memory."""
+        for segment in self._segments:
+            offset = address - segment.address
+            if offset >= 0 and offset + length <= segment.header.size:
+                with self._lock:
+                    block = self._blocks.containing(segment.header.number, offset)
+                    return None if block is None else (block, offset - block.offset)
+        return None
+
+    # Leases.
+
+    def grant(self, message: Block, listed: Iterable[Block], readers: Iterable[int], opens: int) -> Handle:
+        """Give each of `readers` `opens` leases on a message that is complete."""
+        blocks = (message, *listed)
+        with self._lock:
+            readers = [reader for reader in readers if self._peers[reader].listens]
+            base, given = self._tickets.grant(blocks, readers, opens, self.clock())
+            for block in blocks:
+                block.claims += given
+        mask = sum(1 << reader for reader in readers)
+        return Handle(self.address.token, self.address.rank, message.where, base, mask, opens)
+
+    def withdraw(self, handle: Handle) -> None:
+        """Take back the leases of `handle` that no reader has opened; nothing happens where none is left."""
+        with self._lock:
+            block = self._blocks.at(handle.where.segment, handle.where.offset)
+            if block is None or block.where != handle.where or not self._tickets.alive(handle.ticket, handle.opens):
+                return
+            # 1. The mark is stored.  2. A full fence.  3. Tickets whose OPENED is in no ring by now are taken back.
+            # A reader posts OPENED, fences, and then looks for the mark: one of us sees the other, so that nobody
+            # reads a block that came free.
+            mark_withdrawn(self._segments[block.segment].map, block.offset)
+            fence()
+            self._drain()
+            for taken in self._tickets.withdrawn(handle.ticket, handle.opens):
+                self._blocks.unclaim(taken)
+
+    def drain(self) -> None:
+        """Read what readers have told, and unlink what all of them have mapped."""
+        with self._lock:
+            self._drain()
+
+    def reclaim(self) -> None:
+        """Take back everything that dead readers hold."""
+        with self._lock:
+            self._drain()
+            for i, peer in enumerate(self._peers):
+                if not peer.dead and self._lost(i, peer):
+                    # It may have posted between our drain and its death.
+                    self._read(i, peer)
+                    peer.dead = True
+                    self._unclaim(self._tickets.died(i))
+            self._update_segments()
+
+    # State.
+
+    def held(self) -> tuple[Held, ...]:
+        """What each reader holds."""
+        with self._lock:
+            return tuple(self._tickets.held(i) for i in range(len(self._peers)))
+
+    def alive(self) -> tuple[bool | None, ...]:
+        """For each reader: True, False once it died or left, None while it has not come."""
+        with self._lock:
+            return tuple(
+                False if not peer.listens else is_taken(self._control.fd, i) if peer.inbox.taken() else None
+                for i, peer in enumerate(self._peers)
+            )
+
+    def usage(self) -> tuple[int, int, int, int]:
+        """Live blocks, free bytes, largest free block, bytes of all segments."""
+        with self._lock:
+            return self._blocks.live, self._blocks.free, self._blocks.largest, self._blocks.total
+
+    @property
+    def named(self) -> int:
+        """How many segments still have a name in /dev/shm."""
+        return len(self._named)
+
+    def close(self) -> None:
+        """Unlink what still has a name, give up the lock; what readers have mapped stays with them."""
+        self._stop.set()
+        with self._lock:
+            self._unlink_semaphores()
+            for segment in self._named:
+                segment.unlink()
+            self._named.clear()
+            if self._seat is not None:
+                self._seat.release()
+            for segment in (self._control, *self._segments):
+                segment.drop()
+            for peer in self._peers:
+                peer.close()
+            self._peers = ()
+            self._segments.clear()
+
+    # Creation and growth.
+
+    def _create_control(self, readers: int) -> Segment:
+        size = control_size(readers, RING_ENTRIES)
+        header = SegmentHeader(
+            Kind.CONTROL, self.address.token, self.address.rank, 0, size, readers=readers, entries=RING_ENTRIES
+        )
+        segment = _segment.create(self.address.control, header)
+        self._named.append(segment)
+        return segment
+
+    def _create_peer(self, reader: int) -> _Peer:
+        posted, wake = (
+            posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=_segment.MODE, initial_value=0)
+            for name in (self.address.posted(reader), self.address.wake(reader))
+        )
+        base = ring_offset(reader, RING_ENTRIES)
+        return _Peer(Inbox(self._control.map, base, RING_ENTRIES, posted), wake)
+
+    def _add_segment(self, size: int) -> None:
+        number = len(self._segments)
+        size = max(2 * PAGE, size // PAGE * PAGE)
+        header = SegmentHeader(Kind.ARENA, self.address.token, self.address.rank, number, size)
+        segment = _segment.create(self.address.segment(number), header)
+        with self._lock:
+            self._segments.append(segment)
+            self._named.append(segment)
+            self._blocks.add(number, size, usable=number == 0)
+            write_word(self._control.map, SEGMENTS_OFFSET, number + 1)
+            self._update_segments()
+
+    def _grow(self, length: int) -> str:
+        """Add a segment that `length` bytes fit in, unless one is on its way; else why not."""
+        with self._growing:
+            with self._lock:
+                pending = any(
+                    segment.header.number not in self._retired
+                    and not self._blocks.usable(segment.header.number)
+                    and segment.header.size - PAGE >= length
+                    for segment in self._segments
+                )
+                total = self._blocks.total
+            if pending:
+                return "a new segment waits for a reader to map it"
+            need = PAGE + round_up(length, PAGE)
+            size = min(max(round_up(need, STEP), round_up(total // 2, STEP)), self.capacity - total)
+            if size < need or len(self._segments) == MAX_SEGMENTS:
+                return f"the capacity of {self.capacity} bytes is used up"
+            try:
+                self._add_segment(size)
+            except (ArenaFull, OSError) as error:
+                return str(error)
+            for peer in self._peers:
+                with suppress(OSError):
+                    peer.wake.release()
+            return "a new segment waits for a reader to map it"
+
+    # What readers say. All of these run under the lock.
+
+    def _try(self, length: int, readers: tuple[int, ...], opens: int) -> Block | None:
+        with self._lock:
+            self._drain()
+            if not self._tickets.room(readers, opens):
+                return None
+            return self._blocks.allocate(length)
+
+    def _lost(self, reader: int, peer: _Peer) -> bool:
+        """Whether a reader that came is gone. It locks, then says `taken`; asked twice: processors reorder."""
+        if not peer.inbox.taken() or is_taken(self._control.fd, reader):
+            return False
+        fence()
+        return not is_taken(self._control.fd, reader)
+
+    def _room(self, readers: tuple[int, ...], opens: int) -> bool:
+        with self._lock:
+            return self._tickets.room(readers, opens)
+
+    def _drain(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._blocks.unclaim(self._expired.get_nowait())
+        for i, peer in enumerate(self._peers):
+            self._read(i, peer)
+
+    def _read(self, reader: int, peer: _Peer) -> None:
+        for kind, value in peer.inbox.drain():
+            if kind == EntryKind.RELEASED:
+                self._unclaim(self._tickets.released(reader, value))
+            elif kind == EntryKind.OPENED:
+                self._tickets.opened(reader, value)
+            elif kind == EntryKind.DISCARDED:
+                self._unclaim(self._tickets.discarded(reader, value))
+                peer.left = peer.left or value == NEVER
+                self._update_segments()
+            elif value < len(self._segments):
+                if kind == EntryKind.MAPPED:
+                    peer.mapped.add(value)
+                else:
+                    self._retired.add(value)
+                self._update_segments()
+
+    def _unclaim(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
+            self._blocks.unclaim(block)
+
+    def _update_segments(self) -> None:
+        """Use what every reader that listens has mapped and none has refused; unlink what every reader has mapped."""
+        for segment in self._segments:
+            number = segment.header.number
+            # A reader that has not come yet maps what exists when it comes, or fails to come.
+            ready = all(number in peer.mapped for peer in self._peers if peer.listens and peer.mapped)
+            self._blocks.set_usable(number, ready and number not in self._retired)
+        if self._named and self._named[0] is self._control and self._mapped_by_all(0):
+            self._unlink_semaphores()
+        for segment in list(self._named):
+            if self._mapped_by_all(segment.header.number):
+                segment.unlink()
+                self._named.remove(segment)
+
+    def _mapped_by_all(self, number: int) -> bool:
+        return all(number in peer.mapped or number in self._retired for peer in self._peers if peer.listens)
+
+    def _unlink_semaphores(self) -> None:
+        """Before the control segment's name goes: who finds that name finds every semaphore that may exist."""
+        if not self._named or self._named[0] is not self._control:
+            return
+        for i in range(self.address.readers):
+            for name in (self.address.posted(i), self.address.wake(i)):
+                with suppress(posix_ipc.ExistentialError):
+                    posix_ipc.unlink_semaphore(name)
+
+    def _unlink_when_mapped(self) -> None:
+        """An idle writer hears its readers too: until no name is left, and not for ever."""
+        pause = 1e-3
+        for _ in range(IDLE_POLLS):
+            if not self._named or self._stop.wait(pause):
+                return
+            self.drain()
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _explain(self, length: int, wait: float, trouble: str) -> str:
+        held = self.held()
+        live, free, largest, total = self.usage()
+        leases = ", ".join(f"reader {i} holds {h.leases}" for i, h in enumerate(held) if h.leases) or "no lease is held"
+        return (
+            f"no block of {length} bytes within {wait:g} s: {live} blocks live, {free} of {total} bytes free, "
+            f"the largest hole has {largest}; {leases}; {trouble}"
+        )
+
+
+def default_capacity(writers: int = 1) -> int:
+    """A quarter of what is free, at most 2 GiB, shared by the ranks that may write."""
+    return max(2 * PAGE, min(room().free // 4, MAX_CAPACITY) // writers)

@@ -1,0 +1,397 @@
+"""Byte layout of shared memory, format version 1; what goes through channels is in `_wire`.
+
+Pure functions over buffers: no I/O, no torch, no clock. All numbers are little endian; sizes and offsets are in bytes.
+
+Segment header: the first page of every segment, arena and control alike.
+
+    offset  size  field     written by
+    ------  ----  --------  -----------------------------------------------------------
+         0     8  magic     creator, last of all (L1)
+         8     4  version   creator
+        12     4  kind      creator: 1 arena, 2 control
+        16    16  token     creator: 128 random bits, the same in all segments of a writer
+        32     4  rank      creator: the writer's rank
+        36     4  number    creator: counts the segments of an arena; 0 in a control segment
+        40     8  size      creator: of the whole segment, whole pages
+        48     4  readers   creator: how many rings follow (control), else 0
+        52     4  entries   creator: entries of each ring (control), else 0
+        56     4  segments  creator, grows: arena segments made so far (control), else 0; a hint (L6)
+        60     4  reserved
+
+Ring: one for each reader, after the header page of the control segment, in whole pages.
+
+         0     4  taken     reader: 1 once a reader has taken this index (L5)
+         4    60  reserved
+        64   16n  entries   reader: entry number s lies at index s % n (L7)
+
+Ring entry.
+
+         0     8  value     reader: a ticket, a segment number, or the first ticket not discarded
+         8     4  seq       reader: the entry's number, modulo 2**32
+        12     4  kind      reader: 1 mapped, 2 bad segment, 3 opened, 4 released, 5 discarded
+
+Block: whole pages of an arena segment, at a page boundary (L2).
+
+         0     8  magic       writer
+         8     8  generation  writer: never used twice in an arena (L3)
+        16     8  length      writer: bytes in use, this header included
+        24     4  kind        writer: 1 message, 2 payload, 3 withdrawn (L4)
+        28     4  reserved
+        32     8  skeleton    writer: bytes of the skeleton that follows this header; 0 in a payload block
+        40    20  reserved
+        60     4  checksum    writer: CRC-32 of bytes 0 to 59 and of the skeleton
+
+Skeleton: a table, then the codec's stream.
+
+         0     4  blocks    writer: other blocks that the message lies in
+         4     4  pieces    writer: runs of bytes that the stream refers to
+         8     8  stream    writer: bytes of the stream
+        16   32n  blocks    writer: segment, reserved (4 + 4), offset, length, generation (8 + 8 + 8)
+         .   24n  pieces    writer: block (4; 0 this one, k the k-th listed), reserved (4), offset in it (8), length (8)
+         .     .  stream    writer: opaque here
+
+Invariants; code and tests cite them by name.
+    L1  A segment that shows the magic is fully initialised.
+    L2  A block starts on a page boundary and has whole pages: a page belongs to at most one live block.
+    L3  A generation names one use of a block, for good: a handle whose generation is not in the block is stale.
+    L4  A withdrawn block is never opened again; a new use writes a new generation.
+    L5  A reader's index is taken once, ever, under the exclusive lock on its byte.
+    L6  Plain shared words are hints; what orders memory is a post and wait on one semaphore, or a send and receive.
+    L7  Entries not yet drained never exceed the ring: a ticket makes at most two, a segment one, a message one more,
+        and the writer keeps no more tickets alive than a quarter of the ring.
+    L8  Nothing parsed is used before all of it is checked; whatever is wrong is a `LayoutError`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+from shmcast.errors import LayoutError
+
+Bytes = bytes | bytearray | memoryview
+
+VERSION: Final = 1
+PAGE: Final = mmap.PAGESIZE
+LINE: Final = 64
+TOKEN_BYTES: Final = 16
+MAX_READERS: Final = 64
+MAX_SEGMENTS: Final = 1024
+RING_ENTRIES: Final = 8192
+MAX_TICKETS: Final = (RING_ENTRIES - MAX_SEGMENTS - 1) // 4
+NEVER: Final = 2**64 - 1
+
+SEGMENT_MAGIC: Final = b"SHMCAST1"
+BLOCK_MAGIC: Final = b"SHMBLOCK"
+
+SEGMENT: Final = struct.Struct("<8sII16sIIQIII4x")
+RING_HEAD: Final = struct.Struct("<I60x")
+ENTRY: Final = struct.Struct("<QII")
+BLOCK: Final = struct.Struct("<8sQQI4xQ20xI")
+TABLE: Final = struct.Struct("<IIQ")
+LISTED: Final = struct.Struct("<I4xQQQ")
+PIECE: Final = struct.Struct("<I4xQQ")
+WORD: Final = struct.Struct("<I")
+
+SEGMENTS_OFFSET: Final = 56
+GENERATION_OFFSET: Final = 8
+KIND_OFFSET: Final = 24
+
+
+class Stale(LayoutError):
+    """A block in another use than the one that is meant, or withdrawn: in good order, but not for this reader."""
+
+
+class Kind(IntEnum):
+    """What a segment is."""
+
+    ARENA = 1
+    CONTROL = 2
+
+
+class BlockKind(IntEnum):
+    """What a block holds."""
+
+    MESSAGE = 1
+    PAYLOAD = 2
+    WITHDRAWN = 3
+
+
+class EntryKind(IntEnum):
+    """What a reader tells its writer."""
+
+    MAPPED = 1
+    BAD = 2
+    OPENED = 3
+    RELEASED = 4
+    DISCARDED = 5
+
+
+def round_up(size: int, unit: int) -> int:
+    """The least multiple of `unit` that is not below `size`."""
+    return -(-size // unit) * unit
+
+
+# Segments and their names.
+
+
+@dataclass(frozen=True)
+class SegmentHeader:
+    """The identity of a segment: `number`, `size`, and for a control segment its rings."""
+
+    kind: Kind
+    token: bytes
+    rank: int
+    number: int
+    size: int
+    readers: int = 0
+    entries: int = 0
+
+    def write(self, page: mmap.mmap | bytearray | memoryview) -> None:
+        """Write everything, the magic last (L1)."""
+        body = SEGMENT.pack(
+            SEGMENT_MAGIC,
+            VERSION,
+            self.kind,
+            self.token,
+            self.rank,
+            self.number,
+            self.size,
+            self.readers,
+            self.entries,
+            0,
+        )
+        page[8 : SEGMENT.size] = body[8:]
+        page[0:8] = body[:8]
+
+
+def parse_segment(page: Bytes) -> SegmentHeader:
+    """The header of a segment; trusts no byte of it."""
+    if len(page) < SEGMENT.size:
+        raise LayoutError(f"{len(page)} bytes cannot hold a segment header of {SEGMENT.size}")
+    magic, version, kind, token, rank, number, size, readers, entries, _ = SEGMENT.unpack_from(page)
+    if magic != SEGMENT_MAGIC:
+        raise LayoutError(f"not a shmcast segment: its magic is {magic!r}")
+    if version != VERSION:
+        raise LayoutError(f"segment format {version}, this library reads {VERSION}: run one version on all ranks")
+    if kind not in (Kind.ARENA, Kind.CONTROL):
+        raise LayoutError(f"unknown kind of segment: {kind}")
+    if size % PAGE or size < 2 * PAGE or number >= MAX_SEGMENTS:
+        raise LayoutError(f"segment {number} claims {size} bytes")
+    header = SegmentHeader(Kind(kind), token, rank, number, size, readers, entries)
+    if kind == Kind.ARENA and (readers or entries):
+        raise LayoutError("an arena segment has no rings")
+    if kind == Kind.CONTROL and (
+        not 0 < readers <= MAX_READERS
+        or entries < 2
+        or entries & (entries - 1)
+        or control_size(readers, entries) != size
+    ):
+        raise LayoutError(f"control segment of {size} bytes for {readers} readers and {entries} entries each")
+    return header
+
+
+def write_word(memory: mmap.mmap | bytearray | memoryview, offset: int, value: int) -> None:
+    """Store one aligned 32-bit word, whole."""
+    memory[offset : offset + WORD.size] = WORD.pack(value)
+
+
+def ring_size(entries: int) -> int:
+    """Bytes of one ring, whole pages."""
+    return round_up(RING_HEAD.size + entries * ENTRY.size, PAGE)
+
+
+def ring_offset(reader: int, entries: int) -> int:
+    """Where reader `reader`'s ring starts in the control segment."""
+    return PAGE + reader * ring_size(entries)
+
+
+def control_size(readers: int, entries: int) -> int:
+    """Bytes of a control segment."""
+    return PAGE + readers * ring_size(entries)
+
+
+# Rings.
+
+
+class Entry(NamedTuple):
+    """One word from a reader to its writer."""
+
+    kind: EntryKind
+    value: int
+
+
+def write_entry(ring: mmap.mmap | bytearray | memoryview, entries: int, seq: int, kind: EntryKind, value: int) -> None:
+    """Write entry number `seq`. The post that follows, not this store, is what publishes it (L6)."""
+    # Not pack_into, here and below: it zeroes its target first, and another process would see that.
+    at = RING_HEAD.size + seq % entries * ENTRY.size
+    ring[at : at + ENTRY.size] = ENTRY.pack(value, seq & 0xFFFFFFFF, kind)
+
+
+def parse_entry(ring: mmap.mmap | Bytes, entries: int, seq: int, base: int = 0) -> Entry:
+    """Entry number `seq` of the ring at `base`."""
+    value, number, kind = ENTRY.unpack_from(ring, base + RING_HEAD.size + seq % entries * ENTRY.size)
+    if number != seq & 0xFFFFFFFF:
+        raise LayoutError(f"ring entry {seq} carries number {number}")
+    if not EntryKind.MAPPED <= kind <= EntryKind.DISCARDED:
+        raise LayoutError(f"ring entry {seq} is of unknown kind {kind}")
+    return Entry(EntryKind(kind), value)
+
+
+# Blocks and messages.
+
+
+class Descriptor(NamedTuple):
+    """Where a block lies in an arena, and which use of it is meant. `length`: bytes in use, block header included."""
+
+    segment: int
+    offset: int
+    length: int
+    generation: int
+
+
+class Piece(NamedTuple):
+    """A run of bytes of a message: `block` 0 is the message's own, k the k-th that it lists."""
+
+    block: int
+    offset: int
+    length: int
+
+
+class Message(NamedTuple):
+    """A parsed skeleton: the codec's stream (a private copy), the blocks it lists, its pieces."""
+
+    stream: bytes
+    blocks: tuple[Descriptor, ...]
+    pieces: tuple[Piece, ...]
+
+
+class Plan(NamedTuple):
+    """A message laid out in its block: how long the block is, and where each piece lies."""
+
+    length: int
+    pieces: tuple[Piece, ...]
+
+
+def skeleton_size(stream: int, blocks: int, pieces: int) -> int:
+    """Bytes of a skeleton."""
+    return TABLE.size + blocks * LISTED.size + pieces * PIECE.size + stream
+
+
+def plan_message(stream: int, blocks: int, pieces: list[Piece | int]) -> Plan:
+    """Lay out a message whose stream has `stream` bytes and which lists `blocks` blocks.
+
+    An `int` among `pieces` is the length of a piece that goes into the message's own block, at a multiple of 64 bytes.
+    """
+    at = BLOCK.size + skeleton_size(stream, blocks, len(pieces))
+    placed = []
+    for piece in pieces:
+        if isinstance(piece, int):
+            at = round_up(at, LINE)
+            placed.append(Piece(0, at, piece))
+            at += piece
+        else:
+            placed.append(piece)
+    return Plan(at, tuple(placed))
+
+
+def write_message(
+    block: mmap.mmap | bytearray | memoryview, generation: int, length: int, message: Message, base: int = 0
+) -> None:
+    """Write block header and skeleton of `message` at `base`; its pieces are in place already."""
+    skeleton = b"".join(
+        (
+            TABLE.pack(len(message.blocks), len(message.pieces), len(message.stream)),
+            *(LISTED.pack(*listed) for listed in message.blocks),
+            *(PIECE.pack(*piece) for piece in message.pieces),
+            message.stream,
+        )
+    )
+    block[base + BLOCK.size : base + BLOCK.size + len(skeleton)] = skeleton
+    write_block(block, generation, length, BlockKind.MESSAGE, skeleton, base)
+
+
+def write_block(
+    block: mmap.mmap | bytearray | memoryview,
+    generation: int,
+    length: int,
+    kind: BlockKind,
+    skeleton: bytes = b"",
+    base: int = 0,
+) -> None:
+    """Write a block header over `skeleton`, which is already behind it."""
+    head = BLOCK.pack(BLOCK_MAGIC, generation, length, kind, len(skeleton), 0)[:-4]
+    crc = zlib.crc32(skeleton, zlib.crc32(head))
+    block[base : base + BLOCK.size] = head + WORD.pack(crc)
+
+
+def mark_withdrawn(block: mmap.mmap | bytearray | memoryview, base: int = 0) -> None:
+    """Nobody may open this use of the block any more (L4): one aligned store; the checksum no longer fits."""
+    write_word(block, base + KIND_OFFSET, BlockKind.WITHDRAWN)
+
+
+def peek_generation(block: Bytes) -> int:
+    """The generation that a block claims."""
+    return int.from_bytes(block[GENERATION_OFFSET : GENERATION_OFFSET + 8], "little")
+
+
+def peek_kind(block: Bytes) -> int:
+    """The kind that a block claims."""
+    return int.from_bytes(block[KIND_OFFSET : KIND_OFFSET + WORD.size], "little")
+
+
+def parse_block(block: Bytes, generation: int, kind: BlockKind) -> bytes:
+    """A private copy of the skeleton of the block that fills `block`, after checking that it is this use of it."""
+    if len(block) < BLOCK.size:
+        raise LayoutError(f"{len(block)} bytes cannot hold a block header of {BLOCK.size}")
+    magic, found, length, found_kind, size, crc = BLOCK.unpack_from(block)
+    if magic != BLOCK_MAGIC:
+        raise LayoutError(f"no block here: its magic is {magic!r}")
+    if found != generation:
+        raise Stale(f"the block is at generation {found}, not {generation}")
+    if found_kind == BlockKind.WITHDRAWN:
+        raise Stale(f"generation {generation} of the block was withdrawn")
+    if found_kind != kind:
+        raise LayoutError(f"the block is of kind {found_kind}, not {kind}")
+    if length != len(block) or size > length - BLOCK.size:
+        raise LayoutError(f"a block of {len(block)} bytes claims {length}, {size} of them skeleton")
+    skeleton = bytes(block[BLOCK.size : BLOCK.size + size])
+    if crc != zlib.crc32(skeleton, zlib.crc32(bytes(block[: BLOCK.size - 4]))):
+        raise LayoutError("the checksum of the block does not fit its header and skeleton")
+    return skeleton
+
+
+def parse_message(block: Bytes, generation: int) -> Message:
+    """The message whose block fills `block`; its pieces lie inside the blocks that they name."""
+    skeleton = parse_block(block, generation, BlockKind.MESSAGE)
+    if len(skeleton) < TABLE.size:
+        raise LayoutError(f"{len(skeleton)} bytes cannot hold a skeleton's table")
+    n_blocks, n_pieces, n_stream = TABLE.unpack_from(skeleton)
+    if skeleton_size(n_stream, n_blocks, n_pieces) != len(skeleton):
+        raise LayoutError(
+            f"a skeleton of {len(skeleton)} bytes claims {n_blocks} blocks, {n_pieces} pieces, {n_stream} of stream"
+        )
+    at = TABLE.size
+    blocks = tuple(Descriptor(*LISTED.unpack_from(skeleton, at + i * LISTED.size)) for i in range(n_blocks))
+    at += n_blocks * LISTED.size
+    pieces = tuple(Piece(*PIECE.unpack_from(skeleton, at + i * PIECE.size)) for i in range(n_pieces))
+    for listed in blocks:
+        check_descriptor(listed)
+    starts = (BLOCK.size + len(skeleton), *(BLOCK.size for _ in blocks))
+    lengths = (len(block), *(listed.length for listed in blocks))
+    for piece in pieces:
+        if piece.block >= len(lengths) or piece.offset < starts[piece.block]:
+            raise LayoutError(f"{piece} names no payload")
+        if piece.offset + piece.length > lengths[piece.block] or piece.offset % LINE:
+            raise LayoutError(f"{piece} leaves its block of {lengths[piece.block]} bytes, or is not aligned")
+    return Message(skeleton[at + n_pieces * PIECE.size :], blocks, pieces)
+
+
+def check_descriptor(where: Descriptor) -> None:
+    """Raise `LayoutError` unless `where` can be a block: on a page, past the segment's header, a header long."""
+    if where.segment >= MAX_SEGMENTS or where.offset % PAGE or where.offset < PAGE or where.length < BLOCK.size:
+        raise LayoutError(f"{where} is no block")

@@ -1,0 +1,383 @@
+"""The reader's memory: the writer's segments mapped, its leases, and the one thread that gives them back.
+
+A lease is held by the decode until it ends, and by each exporter: a numpy array over the mapping that one storage sits
+on. Views, slices, `detach()`, `numpy()`, parameters all keep the exporter; a finalizer on a tensor would fire early.
+Finalizers run in any thread, under any lock, so they only put the lease in a queue and post a semaphore.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakSet, finalize
+
+import numpy as np
+import posix_ipc
+import torch
+from torch import Tensor
+
+from shmcast import _segment
+from shmcast._layout import (
+    BLOCK,
+    MAX_SEGMENTS,
+    NEVER,
+    PAGE,
+    RING_ENTRIES,
+    RING_HEAD,
+    SEGMENTS_OFFSET,
+    WORD,
+    BlockKind,
+    Descriptor,
+    EntryKind,
+    Kind,
+    SegmentHeader,
+    Stale,
+    check_descriptor,
+    parse_block,
+    parse_message,
+    peek_generation,
+    peek_kind,
+    round_up,
+    write_word,
+)
+from shmcast._pages import PrivatePages
+from shmcast._peers import WRITER_BYTE, Seat, is_taken
+from shmcast._ring import Outbox, acquire_all, fence, wait
+from shmcast.errors import ClosedError, LayoutError, ShmcastError, StaleHandle
+
+if TYPE_CHECKING:
+    import mmap
+
+    from shmcast._segment import Isolation, Segment
+    from shmcast._wire import Address, Handle
+
+COPY_BELOW = 64 << 10
+FULL_RING_PAUSE = 0.01
+
+log = logging.getLogger("shmcast")
+
+_live: WeakSet[Leases] = WeakSet()
+
+
+class _Place(NamedTuple):
+    """Where this process sees a block: a mapping, and the block's offset in it."""
+
+    mapping: mmap.mmap
+    offset: int
+
+
+class Lease:
+    """One opened ticket. Over when as many ends were seen as it has exporters, and one more for the decode."""
+
+    def __init__(self, ticket: int) -> None:
+        self.ticket = ticket
+        self.shared: list[Descriptor] = []
+        self.places: dict[Descriptor, _Place] = {}
+        self.exporters = 0
+        self.decoded = False
+        self.ends = 0
+
+
+class Opened(NamedTuple):
+    """A message that is safe to decode: the lease goes to `Leases.decoded` in any case."""
+
+    lease: Lease
+    stream: bytes
+    pieces: tuple[Tensor, ...]
+
+
+class Leases:
+    """Reader `index` of the writer at `address`; safe to use from any thread."""
+
+    def __init__(self, address: Address, index: int, isolation: Isolation) -> None:
+        self._address = address
+        self._isolation: Isolation = isolation
+        self._lock = threading.RLock()
+        self._ended: SimpleQueue[Lease] = SimpleQueue()
+        self._held: set[Lease] = set()
+        self._shared: dict[tuple[int, int], Lease] = {}
+        self._opened: dict[tuple[int, int], tuple[int, int]] = {}
+        self._segments: list[Segment | None] = []
+        self._unsent: deque[tuple[EntryKind, int]] = deque()
+        self._floor = 0
+        self._closing = False
+        self.stuck = 0
+        self.index = index
+        self.inherited = False
+        ring = self._take_index()
+        try:
+            self._posted = posix_ipc.Semaphore(address.posted(index))
+            self._wake = posix_ipc.Semaphore(address.wake(index))
+            self._outbox = Outbox(ring.map, ring.header.entries, self._posted)
+            self._ring = ring
+            self._pages = PrivatePages()
+            self._map_new(first=True)
+        except BaseException:
+            self._seat.release()
+            for segment in (ring, *self._segments):
+                if segment is not None:
+                    segment.drop()
+            raise
+        _live.add(self)
+        self._thread = threading.Thread(target=self._serve, name=f"shmcast-reader-{index}", daemon=True)
+        self._thread.start()
+
+    # Opening.
+
+    def open(self, handle: Handle) -> Opened:
+        """Take the next of this reader's leases on `handle` and find its bytes.
+
+        Raises `StaleHandle`, `LayoutError` for bytes that are not what they claim, `ClosedError`.
+        """
+        self._look(handle)
+        lease = Lease(self._next_ticket(handle))
+        try:
+            with self._lock:
+                self._held.add(lease)
+            # Before we look at the block: the writer either finds this entry or has marked the block by now (withdraw).
+            if not self._outbox.post(EntryKind.OPENED, lease.ticket):
+                raise ShmcastError(f"reader {self.index}: the writer has not read its ring for {RING_ENTRIES} entries")
+            fence()
+            message = parse_message(self._view(handle.where, lease), handle.where.generation)
+            for listed in message.blocks:
+                parse_block(self._view(listed, lease), listed.generation, BlockKind.PAYLOAD)
+            places = [lease.places[where] for where in (handle.where, *message.blocks)]
+            pieces = tuple(self._tensor(places[at], offset, length, lease) for at, offset, length in message.pieces)
+            return Opened(lease, message.stream, pieces)
+        except BaseException as error:
+            self.decoded(lease)
+            if isinstance(error, Stale):
+                raise StaleHandle(f"{handle.where}: {error}") from None
+            raise
+
+    def decoded(self, lease: Lease) -> None:
+        """The decode is over, well or not: from here on only exporters hold the lease."""
+        lease.decoded = True
+        self._end(lease)
+
+    def discard(self, handle: Handle) -> None:
+        """Give back every lease on `handle` that this reader has not opened."""
+        with suppress(StaleHandle):
+            self._look(handle)
+            while True:
+                self._post_later(EntryKind.RELEASED, self._next_ticket(handle))
+
+    def discard_below(self, handle: Handle) -> None:
+        """Give back every lease granted up to `handle` and not opened, whatever they are."""
+        below = handle.ticket_of(self._address.readers, 0)
+        with self._lock:
+            self._floor = max(self._floor, below)
+        self._post_later(EntryKind.DISCARDED, below)
+
+    def writer_lives(self) -> bool:
+        """Whether the writer still holds its lock."""
+        return is_taken(self._ring.fd, WRITER_BYTE)
+
+    def held(self) -> int:
+        """How many leases this reader holds."""
+        with self._lock:
+            return len(self._held)
+
+    def close(self) -> None:
+        """Open nothing more, give back what was not opened; what is held stays valid and is given back when it ends."""
+        # A forked child takes no lock: a thread that is not here may have held it.
+        if self.inherited:
+            return
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        self._post_later(EntryKind.DISCARDED, NEVER)
+
+    # Finding bytes.
+
+    def _look(self, handle: Handle) -> None:
+        """A handle that is stale already must cost no entry in the ring (L7): look before the ticket is taken."""
+        if self.inherited:
+            raise ClosedError(f"reader {self.index} belongs to the process that this one was forked from")
+        if handle.token != self._address.token or handle.rank != self._address.rank:
+            raise LayoutError("a handle of another writer")
+        segment = self._segment(handle.where)
+        head = os.pread(segment.fd, BLOCK.size, handle.where.offset)
+        if peek_generation(head) != handle.where.generation or peek_kind(head) == BlockKind.WITHDRAWN:
+            raise StaleHandle(f"{handle.where} was withdrawn, or is in another use by now")
+
+    def _next_ticket(self, handle: Handle) -> int:
+        if not handle.readers >> self.index & 1:
+            raise StaleHandle(f"this message is not for reader {self.index}")
+        place = handle.where.segment, handle.where.offset
+        with self._lock:
+            if self._closing:
+                raise ClosedError(f"reader {self.index} was closed")
+            # Tickets at one place only grow: a place is used again when every lease on its last use has ended.
+            base, opened = self._opened.get(place, (0, 0))
+            if handle.ticket > base:
+                base, opened = handle.ticket, 0
+            if handle.ticket < max(base, self._floor) or opened >= handle.opens:
+                raise StaleHandle(f"reader {self.index} has used up its {handle.opens} leases on {handle.where}")
+            self._opened[place] = base, opened + 1
+            return handle.ticket_of(self.index, opened)
+
+    def _view(self, where: Descriptor, lease: Lease) -> memoryview:
+        """The block at `where` in the mapping that this lease reads, known to be in the use that is meant."""
+        place = lease.places.get(where) or self._place(where, lease)
+        lease.places[where] = place
+        view = memoryview(place.mapping)[place.offset : place.offset + where.length]
+        if where in lease.shared and peek_generation(view) != where.generation:
+            # Pages that were locked after their last use are stale copies: look at the writer's own bytes.
+            self._drop(where)
+        return view
+
+    def _place(self, where: Descriptor, lease: Lease) -> _Place:
+        segment = self._segment(where)
+        if self._isolation != "cow":
+            return _Place(segment.map, where.offset)
+        with self._lock:
+            if (where.segment, where.offset) in self._shared:
+                self._settle()
+            if self._shared.setdefault((where.segment, where.offset), lease) is lease:
+                lease.shared.append(where)
+                return _Place(segment.map, where.offset)
+        # An earlier open of this block is held, and may have been written to: this one gets pages of its own.
+        return _Place(segment.map_block(where.offset, round_up(where.length, PAGE)), 0)
+
+    def _segment(self, where: Descriptor) -> Segment:
+        check_descriptor(where)
+        if where.segment >= len(self._segments):
+            self._map_new()
+        segment = self._segments[where.segment] if where.segment < len(self._segments) else None
+        if segment is None or where.offset + round_up(where.length, PAGE) > segment.header.size:
+            raise LayoutError(f"{where} lies in no segment that is mapped here")
+        return segment
+
+    def _tensor(self, place: _Place, offset: int, length: int, lease: Lease) -> Tensor:
+        """`length` bytes as a 1-D uint8 tensor: over the mapping, or for few bytes a copy that pins nothing."""
+        start = place.offset + offset
+        if length < COPY_BELOW:
+            return torch.frombuffer(bytearray(place.mapping[start : start + length]), dtype=torch.uint8)
+        exporter = np.frombuffer(place.mapping, np.uint8, length, start)
+        lease.exporters += 1
+        finalize(exporter, self._end, lease).atexit = False
+        return torch.frombuffer(exporter, dtype=torch.uint8)
+
+    # Giving back.
+
+    def _end(self, lease: Lease) -> None:
+        """One holder of the lease is gone. Runs in finalizers: any thread, any lock held."""
+        if not self.inherited:
+            self._ended.put(lease)
+            with suppress(OSError):
+                self._wake.release()
+
+    def _settle(self) -> None:
+        """Release every lease whose holders are all gone. Runs under the lock."""
+        with suppress(Empty):
+            while True:
+                lease = self._ended.get_nowait()
+                lease.ends += 1
+                if lease.decoded and lease.ends == lease.exporters + 1:
+                    self._release(lease)
+
+    def _release(self, lease: Lease) -> None:
+        clean = [self._drop(where) for where in lease.shared]
+        if not all(clean):
+            # A page that cannot be dropped would show the next message stale bytes: this place is never given back.
+            self.stuck += 1
+            return
+        for where in lease.shared:
+            del self._shared[where.segment, where.offset]
+        self._held.discard(lease)
+        self._unsent.append((EntryKind.RELEASED, lease.ticket))
+
+    def _post_later(self, kind: EntryKind, value: int) -> None:
+        with self._lock:
+            self._unsent.append((kind, value))
+        self._wake.release()
+
+    def _send(self) -> bool:
+        """Post what waits for room in the ring; False where some still does. Runs under the lock."""
+        while self._unsent and self._outbox.post(*self._unsent[0]):
+            self._unsent.popleft()
+        return not self._unsent
+
+    def _drop(self, where: Descriptor) -> bool:
+        segment = self._segment(where)
+        return self._pages.drop(segment.map, segment.address, where.offset, round_up(where.length, PAGE))
+
+    def _serve(self) -> None:
+        """The reader's one thread: sleeps until a lease ended, the writer grew, or `close`."""
+        while True:
+            wait(self._wake)
+            acquire_all(self._wake)
+            self._map_new()
+            with self._lock:
+                self._settle()
+                sent = self._send()
+                if self._closing and not self._held and (sent or not self.writer_lives()):
+                    break
+            while not sent and self.writer_lives():
+                # The ring is full, which takes a writer that publishes nothing: its next publish makes room.
+                time.sleep(FULL_RING_PAUSE)
+                with self._lock:
+                    sent = self._send()
+        self._dismantle()
+
+    # Segments.
+
+    def _take_index(self) -> Segment:
+        """Map this reader's own ring, and nobody else's, and take the index for good (L5)."""
+        expected = SegmentHeader(Kind.CONTROL, self._address.token, self._address.rank, 0, 0, self._address.readers)
+        if not 0 <= self.index < self._address.readers:
+            raise ValueError(f"reader {self.index} of {self._address.readers}")
+        ring = _segment.attach_ring(self._address.control, expected, self.index)
+        try:
+            self._seat = Seat(ring.fd, self.index)
+            if RING_HEAD.unpack_from(ring.map)[0]:
+                self._seat.release()
+                raise BlockingIOError
+        except BlockingIOError:
+            ring.drop()
+            raise StaleHandle(f"reader {self.index} of this writer is taken, or was: an index is used once") from None
+        write_word(ring.map, 0, 1)
+        return ring
+
+    def _map_new(self, *, first: bool = False) -> None:
+        """Map the segments that the writer has made since, and tell it; the first ones must succeed."""
+        with self._lock:
+            (count,) = WORD.unpack(os.pread(self._ring.fd, WORD.size, SEGMENTS_OFFSET))
+            for number in range(len(self._segments), min(count, MAX_SEGMENTS)):
+                segment = self._attach(number, first=first)
+                self._segments.append(segment)
+                self._unsent.append((EntryKind.MAPPED if segment else EntryKind.BAD, number))
+            self._send()
+
+    def _attach(self, number: int, *, first: bool) -> Segment | None:
+        expected = SegmentHeader(Kind.ARENA, self._address.token, self._address.rank, number, 0)
+        try:
+            return _segment.attach(self._address.segment(number), expected, self._isolation)
+        except (ShmcastError, OSError) as error:
+            if first:
+                raise
+            log.warning("reader %d cannot map segment %d, the writer will not use it: %s", self.index, number, error)
+            return None
+
+    def _dismantle(self) -> None:
+        self._seat.release()
+        self._pages.close()
+        for segment in (self._ring, *self._segments):
+            if segment is not None:
+                segment.drop()
+
+
+def _forget() -> None:
+    for leases in list(_live):
+        leases.inherited = True
+
+
+os.register_at_fork(after_in_child=_forget)

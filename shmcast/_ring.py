@@ -1,0 +1,109 @@
+"""Release rings: what a reader tells its writer, one ring each, no lock between the two.
+
+The reader writes an entry and posts `posted`; the writer takes exactly as many entries as it could acquire. That post
+and that acquire are what orders the entry's bytes (L6). Entries never overrun the ring (L7): nobody waits for room.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import posix_ipc
+
+from shmcast._layout import RING_HEAD, Entry, EntryKind, parse_entry, write_entry
+from shmcast.errors import LayoutError
+
+if TYPE_CHECKING:
+    import mmap
+    from collections.abc import Iterator
+
+
+class Outbox:
+    """The reader's end of its ring."""
+
+    def __init__(self, ring: mmap.mmap, entries: int, posted: posix_ipc.Semaphore) -> None:
+        self._ring = ring
+        self._entries = entries
+        self._posted = posted
+        self._seq = 0
+        self._tokens = 0
+        self._lock = threading.Lock()
+
+    def post(self, kind: EntryKind, value: int = 0) -> bool:
+        """Tell the writer; never waits. False where a writer that does not drain has left no room."""
+        with self._lock:
+            # The writer takes a token before it reads the entry: one entry fewer than the ring has room for.
+            if self._posted.value >= self._entries - 1:
+                return False
+            write_entry(self._ring, self._entries, self._seq, kind, value)
+            # A signal handler may raise between any two of these: a token too few is made up for by the next post,
+            # a token too many finds no entry.
+            self._seq += 1
+            while self._tokens < self._seq:
+                self._posted.release()
+                self._tokens += 1
+            return True
+
+
+class Inbox:
+    """The writer's end of one reader's ring. `bad` counts entries that were not what they claim."""
+
+    def __init__(self, control: mmap.mmap, base: int, entries: int, posted: posix_ipc.Semaphore) -> None:
+        self._control = control
+        self._base = base
+        self._entries = entries
+        self._posted = posted
+        self._seq = 0
+        self.bad = 0
+
+    def taken(self) -> bool:
+        """Whether a reader has taken this index; a hint that is only ever late."""
+        return bool(RING_HEAD.unpack_from(self._control, self._base)[0])
+
+    def drain(self) -> Iterator[Entry]:
+        """Every entry posted so far, once."""
+        for _ in range(self._posted.value):
+            self._posted.acquire(0)
+            try:
+                entry = parse_entry(self._control, self._entries, self._seq, self._base)
+            except LayoutError:
+                self.bad += 1
+                continue
+            self._seq += 1
+            yield entry
+
+    def close(self) -> None:
+        self._posted.close()
+
+
+def acquire_all(semaphore: posix_ipc.Semaphore) -> int:
+    """Acquire as often as is possible without waiting; how often that was."""
+    acquired = 0
+    for _ in range(semaphore.value):
+        with suppress(posix_ipc.BusyError):
+            semaphore.acquire(0)
+            acquired += 1
+    return acquired
+
+
+def fence() -> None:
+    """A full memory fence: one read-modify-write that releases and then one that acquires, on one word.
+
+    Reading a semaphore's value, or failing to acquire it, is a plain load: no fence. Dekker's pattern needs one.
+    """
+    lock = threading.Lock()
+    lock.acquire()
+    lock.release()
+    lock.acquire()
+
+
+def wait(semaphore: posix_ipc.Semaphore) -> None:
+    """Acquire once, however long it takes; a signal is not an answer."""
+    while True:
+        try:
+            semaphore.acquire()
+        except posix_ipc.SignalError:
+            continue
+        return

@@ -1,0 +1,202 @@
+"""One named segment: created whole or not at all, attached after checks, unlinked by inode, forgotten by a fork."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import stat
+from contextlib import suppress
+from dataclasses import replace
+from typing import Final, Literal
+from weakref import WeakKeyDictionary, WeakSet
+
+import posix_ipc
+
+from shmcast._layout import PAGE, Kind, SegmentHeader, parse_segment, ring_offset, ring_size
+from shmcast._pages import MADV_POPULATE_READ, MADV_POPULATE_WRITE, address_of, populate, protect, unlock
+from shmcast._room import room
+from shmcast.errors import ArenaFull, LayoutError, PeerDied
+
+Isolation = Literal["cow", "guard", "shared"]
+
+MODE: Final = 0o600
+STEP: Final = 64 << 20
+
+_maps: WeakKeyDictionary[mmap.mmap, tuple[int, int]] = WeakKeyDictionary()  # mapping -> (device, inode)
+_segments: WeakSet[Segment] = WeakSet()
+
+
+class Segment:
+    """A mapped segment: its checked header, one mapping for good, one descriptor that holds the shared `flock`.
+
+    Python's `mmap` holds a duplicate of the descriptor, so the `flock` lasts as long as the mapping does, and the
+    mapping as long as the longest-lived tensor over it: a segment is dropped, never closed under its readers.
+    """
+
+    def __init__(self, name: str, header: SegmentHeader, fd: int, mapping: mmap.mmap) -> None:
+        self.name = name
+        self.header = header
+        self.fd = fd
+        self.map = mapping
+        self.address = address_of(mapping)
+        _segments.add(self)
+
+    def map_block(self, offset: int, length: int) -> mmap.mmap:
+        """A private mapping of one block alone."""
+        return _map(self.fd, length, mmap.MAP_PRIVATE, offset)
+
+    def unlink(self) -> None:
+        """Remove the name if it still leads to this segment."""
+        with suppress(posix_ipc.ExistentialError):
+            other = posix_ipc.SharedMemory(self.name, flags=0, size=0)
+            try:
+                same = os.path.samestat(os.fstat(other.fd), os.fstat(self.fd))
+            finally:
+                other.close_fd()
+            if same:
+                posix_ipc.unlink_shared_memory(self.name)
+
+    def drop(self) -> None:
+        """Give up the descriptor; the mapping goes when the last thing that lies in it goes."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+
+def create(name: str, header: SegmentHeader) -> Segment:
+    """Make, reserve and map the segment that `header` describes, for its writer.
+
+    Raises `ArenaFull` when there is no room, `OSError` when the system refuses; nothing is left behind then.
+    """
+    fd = _open(name, posix_ipc.O_CREX)
+    try:
+        os.fchmod(fd, MODE)
+        # Before the magic is there: a reaper takes nothing without a magic, and nothing that is locked.
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        _reserve(name, fd, header.size)
+        mapping = _map(fd, header.size, mmap.MAP_SHARED)
+        populate(mapping, MADV_POPULATE_WRITE)
+        header.write(mapping)
+    except BaseException:
+        posix_ipc.unlink_shared_memory(name)
+        os.close(fd)
+        raise
+    return Segment(name, header, fd, mapping)
+
+
+def attach(name: str, expected: SegmentHeader, isolation: Isolation) -> Segment:
+    """Map an arena segment of another process. `expected.size` is not compared: the creator decides it.
+
+    Raises `PeerDied` when there is no such name, `LayoutError` when it is not what it should be, `OSError` when the
+    system refuses.
+    """
+    fd, header = open_checked(name, expected)
+    try:
+        flags = mmap.MAP_PRIVATE if isolation == "cow" else mmap.MAP_SHARED
+        mapping = _map(fd, header.size, flags)
+        populate(mapping, MADV_POPULATE_READ)
+        if isolation == "guard":
+            protect(mapping)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Segment(name, header, fd, mapping)
+
+
+def attach_ring(name: str, expected: SegmentHeader, reader: int) -> Segment:
+    """Map one reader's ring of a control segment for writing, and nothing else of it; raises as `attach` does."""
+    fd, header = open_checked(name, expected)
+    try:
+        mapping = _map(fd, ring_size(header.entries), mmap.MAP_SHARED, ring_offset(reader, header.entries))
+    except BaseException:
+        os.close(fd)
+        raise
+    return Segment(name, header, fd, mapping)
+
+
+def open_checked(name: str, expected: SegmentHeader) -> tuple[int, SegmentHeader]:
+    """A descriptor of the segment called `name`, locked shared, and its header, known to be what we expect."""
+    try:
+        fd = _open(name, 0)
+    except FileNotFoundError:
+        raise PeerDied(
+            f"no segment {name}: rank {expected.rank}, its writer, is gone, or is in another mount or IPC namespace"
+        ) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        return fd, _check(name, fd, expected)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _check(name: str, fd: int, expected: SegmentHeader) -> SegmentHeader:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise LayoutError(f"{name} is not a regular file")
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != MODE:
+        raise LayoutError(f"{name} belongs to uid {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}: not ours")
+    header = parse_segment(os.pread(fd, PAGE, 0))
+    if header.size != status.st_size:
+        raise LayoutError(f"{name} has {status.st_size} bytes, its header says {header.size}")
+    if replace(header, size=0, readers=0, entries=0) != replace(expected, size=0, readers=0, entries=0):
+        raise LayoutError(f"{name} is another segment than its name says: {header}")
+    if expected.kind == Kind.CONTROL and header.readers != expected.readers:
+        raise LayoutError(f"{name} serves {header.readers} readers, not {expected.readers}")
+    return header
+
+
+def _open(name: str, flags: int) -> int:
+    """`shm_open` through posix_ipc, with size 0: any other size would truncate a segment that exists."""
+    try:
+        return int(posix_ipc.SharedMemory(name, flags=flags, mode=MODE, size=0).fd)
+    except posix_ipc.ExistentialError as error:
+        raise (FileExistsError if flags & posix_ipc.O_CREX else FileNotFoundError)(f"{name}: {error}") from None
+    except posix_ipc.PermissionsError as error:
+        raise PermissionError(f"{name}: {error}") from None
+
+
+def _map(fd: int, size: int, flags: int, offset: int = 0) -> mmap.mmap:
+    mapping = mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+    mapping.madvise(mmap.MADV_DONTFORK)
+    if flags == mmap.MAP_PRIVATE:
+        unlock(mapping)
+    status = os.fstat(fd)
+    _maps[mapping] = (status.st_dev, status.st_ino)
+    return mapping
+
+
+def _reserve(name: str, fd: int, size: int) -> None:
+    """Reserve every page, in steps: between two of them a cgroup's headroom may have shrunk."""
+    for offset in range(0, size, STEP):
+        step = min(STEP, size - offset)
+        free, bound = room()
+        if free < step:
+            raise ArenaFull(f"{name}: {step} of {size} bytes more are wanted, {bound} leaves {free}")
+        try:
+            os.posix_fallocate(fd, offset, step)
+        except OSError as error:
+            raise ArenaFull(f"{name}: cannot reserve {size} bytes of shared memory: {error.strerror}") from error
+
+
+def _forget() -> None:
+    """In a forked child: no mapping, no descriptor, no lock of the parent is ours.
+
+    The mappings are not there (MADV_DONTFORK), but their objects are, and freeing one would unmap whatever the child
+    has at that address by then: they must never be freed. `mmap` hides its descriptor, so we look for the inodes.
+    """
+    inodes = set(_maps.values())
+    for mapping in list(_maps):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))
+    for segment in list(_segments):
+        segment.fd = -1
+    for entry in os.listdir("/proc/self/fd") if inodes else ():
+        with suppress(OSError):
+            status = os.fstat(int(entry))
+            if (status.st_dev, status.st_ino) in inodes:
+                os.close(int(entry))
+
+
+os.register_at_fork(after_in_child=_forget)

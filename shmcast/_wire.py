@@ -1,0 +1,229 @@
+"""Byte layout of what goes through channels: addresses, handles, headers. Format version 1, little endian.
+
+Pure functions over bytes; whatever is wrong with them is a `LayoutError`.
+
+Address: where a writer is found.
+
+    offset  size  field     written by
+    ------  ----  --------  -----------------------------------------------------------
+         0    16  token     writer
+        16     4  rank      writer
+        20     4  readers   writer
+
+Handle: where a message lies and which tickets its readers hold.
+
+         0     4  magic       writer
+         4     4  opens       writer: leases of each reader
+         8    16  token       writer
+        24     4  rank        writer
+        28     4  segment     writer
+        32     8  offset      writer
+        40     8  length      writer
+        48     8  generation  writer
+        56     8  ticket      writer: reader i's leases are ticket + i * opens and the opens - 1 after it
+        64     8  readers     writer: bit i set, reader i may open it
+        72     4  reserved
+        76     4  checksum    writer: CRC-32 of bytes 0 to 75
+
+Header: what one collective of the control plane carries.
+
+         0     8  magic     entry rank
+         8     4  version   entry rank
+        12     1  route     entry rank: 1 shm, 2 inline, 3 local, 4 none (the entry rank has nothing to send)
+        13     1  batch     entry rank: 1 when the message is the index of a batch
+        14     2  reason    entry rank: why the route is not the first choice, 0 when it is (`Reason`)
+        16     8  sequence  entry rank: counts the headers of a control plane
+        24     8  length    entry rank: bytes of the one tensor that follows (inline), else 0
+        32    80  handle    entry rank (shm), else zeros
+       112   140  text      entry rank: UTF-8, zero padded
+       252     4  checksum  entry rank: CRC-32 of bytes 0 to 251
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+from shmcast._layout import MAX_READERS, VERSION, WORD, Bytes, Descriptor, check_descriptor
+from shmcast.errors import LayoutError
+
+HANDLE_MAGIC: Final = b"SHMh"
+HEADER_MAGIC: Final = b"SHMHEAD1"
+TEXT_BYTES: Final = 140
+
+ADDRESS: Final = struct.Struct("<16sII")
+HANDLE: Final = struct.Struct("<4sI16sIIQQQQQ4xI")
+HEADER: Final = struct.Struct("<8sIBBHQQ80s140sI")
+
+
+class Reason(IntEnum):
+    """Why a message does not travel by the first choice."""
+
+    CHOSEN = 0
+    THRESHOLD = 1
+    RAISED = 2
+    ENCODE = 3
+    FULL = 4
+    OPEN = 5
+    CONTROL = 6
+    DISABLED = 7
+
+
+class HeaderRoute(IntEnum):
+    """How the message behind a header travels."""
+
+    SHM = 1
+    INLINE = 2
+    LOCAL = 3
+    NONE = 4
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a writer is found: small and picklable, sent to its readers once, by any channel."""
+
+    token: bytes
+    rank: int
+    readers: int
+
+    @property
+    def stem(self) -> str:
+        return f"/shmcast-{self.token.hex()}-{self.rank}"
+
+    @property
+    def control(self) -> str:
+        """Name of the control segment."""
+        return f"{self.stem}-c"
+
+    def segment(self, number: int) -> str:
+        """Name of an arena segment."""
+        return f"{self.stem}-{number}"
+
+    def posted(self, reader: int) -> str:
+        """Name of the semaphore that counts the entries in a reader's ring."""
+        return f"{self.stem}-p{reader}"
+
+    def wake(self, reader: int) -> str:
+        """Name of the semaphore that wakes a reader's thread."""
+        return f"{self.stem}-w{reader}"
+
+    def __bytes__(self) -> bytes:
+        return ADDRESS.pack(self.token, self.rank, self.readers)
+
+    @classmethod
+    def parse(cls, raw: Bytes) -> Address:
+        """The address in `raw`, or `LayoutError`."""
+        if len(raw) != ADDRESS.size:
+            raise LayoutError(f"an address has {ADDRESS.size} bytes, not {len(raw)}")
+        token, rank, readers = ADDRESS.unpack(raw)
+        if not 0 < readers <= MAX_READERS:
+            raise LayoutError(f"an address with {readers} readers")
+        return cls(token, rank, readers)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Address.parse, (bytes(self),)
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A message's place and its readers' tickets; `bytes(handle)` and `Handle.parse` go where pickle does not."""
+
+    token: bytes
+    rank: int
+    where: Descriptor
+    ticket: int
+    readers: int
+    opens: int
+
+    def ticket_of(self, reader: int, opened: int) -> int:
+        """The ticket of `reader`'s lease number `opened`."""
+        return self.ticket + reader * self.opens + opened
+
+    def __bytes__(self) -> bytes:
+        raw = HANDLE.pack(
+            HANDLE_MAGIC,
+            self.opens,
+            self.token,
+            self.rank,
+            self.where.segment,
+            self.where.offset,
+            self.where.length,
+            self.where.generation,
+            self.ticket,
+            self.readers,
+            0,
+        )[:-4]
+        return raw + WORD.pack(zlib.crc32(raw))
+
+    @classmethod
+    def parse(cls, raw: Bytes) -> Handle:
+        """The handle in `raw`, or `LayoutError`."""
+        if len(raw) != HANDLE.size:
+            raise LayoutError(f"a handle has {HANDLE.size} bytes, not {len(raw)}")
+        magic, opens, token, rank, segment, offset, length, generation, ticket, readers, crc = HANDLE.unpack(raw)
+        if magic != HANDLE_MAGIC or crc != zlib.crc32(raw[: HANDLE.size - 4]):
+            raise LayoutError("these bytes are no handle, or a damaged one")
+        where = Descriptor(segment, offset, length, generation)
+        check_descriptor(where)
+        if not opens:
+            raise LayoutError("a handle that nobody may open")
+        return cls(token, rank, where, ticket, readers, opens)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Handle.parse, (bytes(self),)
+
+
+class Header(NamedTuple):
+    """What the entry rank says of one message. `length`: bytes of the tensor broadcast that follows (inline)."""
+
+    route: HeaderRoute
+    sequence: int
+    reason: Reason = Reason.CHOSEN
+    batch: bool = False
+    length: int = 0
+    handle: Handle | None = None
+    text: str = ""
+
+    def __bytes__(self) -> bytes:
+        raw = HEADER.pack(
+            HEADER_MAGIC,
+            VERSION,
+            self.route,
+            self.batch,
+            self.reason,
+            self.sequence,
+            self.length,
+            bytes(self.handle) if self.handle else b"",
+            self.text.encode("utf-8", "replace")[:TEXT_BYTES],
+            0,
+        )[:-4]
+        return raw + WORD.pack(zlib.crc32(raw))
+
+
+def parse_header(raw: Bytes, sequence: int) -> Header:
+    """The header in `raw`, which must be number `sequence` of its control plane."""
+    if len(raw) != HEADER.size:
+        raise LayoutError(f"a header has {HEADER.size} bytes, not {len(raw)}")
+    magic, version, route, batch, reason, found, length, handle, text, crc = HEADER.unpack(raw)
+    if magic != HEADER_MAGIC or version != VERSION:
+        raise LayoutError(f"not a header of format {VERSION}: another collective ran on this group in between")
+    if crc != zlib.crc32(raw[: HEADER.size - 4]):
+        raise LayoutError("a damaged header")
+    if found != sequence:
+        raise LayoutError(f"header {found} where {sequence} was due: the ranks did not make the same calls")
+    if not HeaderRoute.SHM <= route <= HeaderRoute.NONE or batch > 1:
+        raise LayoutError(f"header with unknown route {route}")
+    if reason > max(Reason):
+        raise LayoutError(f"header with unknown reason {reason}")
+    return Header(
+        HeaderRoute(route),
+        found,
+        Reason(reason),
+        bool(batch),
+        length,
+        Handle.parse(handle) if route == HeaderRoute.SHM else None,
+        text.rstrip(b"\0").decode("utf-8", "replace"),
+    )
