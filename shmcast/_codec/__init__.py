@@ -1,0 +1,26 @@
+"""Objects to skeleton and pieces, and back: the one place where received bytes become objects.
+
+    allow = Allow([MyStruct, "sglang"])              what may be rebuilt, by class or by package
+    leaves = Leaves.walk(raw)                        what the peers hold already, in a canonical order
+    encoded = encode(obj, allow, leaves)             Encoded(stream, pieces)
+    obj = decode(stream, pieces, allow, leaves)      pieces: uint8 tensors of lead + length bytes each
+
+`encode` raises `EncodeError` (or its `NotAllowed`) with the path of the culprit; `decode` gives a value, or raises
+`LayoutError` or `NotAllowed`, for any bytes at all, and runs no code that a stream could choose.
+
+Imports point down:
+
+    _encode | _decode
+    _paths | _machine
+    _table | _leaves
+    _allow | _pieces
+    _classes | _geometry
+"""
+
+from ._allow import Allow
+from ._decode import decode
+from ._encode import Encoded, encode
+from ._leaves import Leaves
+from ._pieces import Piece
+
+__all__ = ["Allow", "Encoded", "Leaves", "Piece", "decode", "encode"]
