@@ -1,0 +1,355 @@
+"""The two ends of shared memory: a `Writer` publishes objects, `Reader`s open them. No process group is needed.
+
+    object -> encode -> block in an arena -> Handle -> any channel -> mapping -> decode -> object
+
+A `Writer` owns all memory. It hands each reader a lease on each message; a block is used again when every lease on it
+has ended, which a reader's tensors decide by being alive.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakSet, finalize, ref
+
+import numpy as np
+import torch
+
+from shmcast import _layout, _reclaim
+from shmcast._arena import Arena
+from shmcast._codec import Allow, Encoded, Leaves, decode, encode
+from shmcast._layout import BLOCK, MAX_READERS, BlockKind, Message, parse_message, plan_message
+from shmcast._lease import Leases
+from shmcast.errors import ClosedError, EncodeError, LayoutError
+from shmcast.metrics import Counters, ReaderLeases, Stats
+from shmcast.policy import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from shmcast._blocks import Block
+    from shmcast._segment import Isolation
+    from shmcast._wire import Address, Handle
+
+Memory = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+_writers: WeakSet[Writer] = WeakSet()
+
+
+class Writer:
+    """The end that publishes. Safe to use from any thread.
+
+    Args:
+        readers: how many readers there will be, 1 to 64; each attaches once, under an index of its own.
+        capacity: the most bytes of shared memory to use; default a quarter of what is free, at most 2 GiB.
+        allow: classes, or names of packages, whose instances may travel.
+        policy: only `wait` matters here.
+        rank: names the writer in messages and in /dev/shm.
+
+    Raises:
+        ArenaFull: there is no shared memory to be had.
+        OSError: the system refuses it.
+    """
+
+    def __init__(
+        self,
+        readers: int,
+        *,
+        capacity: int | None = None,
+        allow: Iterable[type | str] = (),
+        policy: Policy | None = None,
+        rank: int = 0,
+    ) -> None:
+        if not 1 <= readers <= MAX_READERS:
+            raise ValueError(f"readers={readers}: a writer serves 1 to {MAX_READERS}")
+        if capacity is not None and capacity < 2 * _layout.PAGE:
+            raise ValueError(f"capacity={capacity}: at least {2 * _layout.PAGE} bytes")
+        self.allow = Allow(tuple(allow))
+        self._policy = policy or Policy()
+        self._counters = Counters()
+        self._empties: dict[Block, _Frozen] = {}
+        self._closed = False
+        _reclaim.sweep()
+        self._arena = Arena(readers, capacity, rank)
+        _writers.add(self)
+
+    @property
+    def address(self) -> Address:
+        """What each reader needs, once, by any channel; a few bytes, picklable."""
+        return self._arena.address
+
+    def publish(self, obj: object, *, readers: Iterable[int] | None = None, opens: int = 1) -> Handle:
+        """Put `obj` into shared memory for `readers` (default all), each of which may open it `opens` times.
+
+        Tensors that lie in memory of `empty` are not copied; all others are, once.
+
+        Returns:
+            A handle of at most 256 pickled bytes.
+
+        Raises:
+            ArenaFull: no block came free within `policy.wait` seconds.
+            EncodeError: `obj` cannot be flattened (`NotAllowed`: it has a class that is not allowed).
+            ClosedError: the writer was closed.
+        """
+        encoded = encode(obj, self.allow)
+        handle = self.put(encoded, readers=readers, opens=opens)
+        self._counters.message("shm", encoded.nbytes)
+        return handle
+
+    def put(self, encoded: Encoded, *, readers: Iterable[int] | None = None, opens: int = 1) -> Handle:
+        """`publish` for an object that is encoded already; counts nothing."""
+        self._check_open()
+        everyone = range(self.address.readers)
+        chosen = sorted(set(everyone if readers is None else readers))
+        if any(reader not in everyone for reader in chosen):
+            raise ValueError(f"readers={chosen}: this writer has readers 0 to {self.address.readers - 1}")
+        if not 1 <= opens < 2**16:
+            raise ValueError(f"opens={opens}: 1 to {2**16 - 1}")
+        listed = self._find_empties(encoded)
+        blocks = tuple(dict.fromkeys(found.block for found in listed.values()))
+        sizes = self._place(encoded, listed, blocks)
+        plan = plan_message(len(encoded.stream), len(blocks), sizes)
+        block = self._arena.reserve(plan.length, self._policy.wait, chosen, opens)
+        try:
+            segment = self._arena.segment(block.segment)
+            memory = np.frombuffer(segment.map, np.uint8)[block.offset : block.offset + block.size]
+            copy_pieces(encoded, plan.pieces, memory)
+            message = Message(encoded.stream, tuple(b.where for b in blocks), plan.pieces)
+            _layout.write_message(segment.map, block.generation, plan.length, message, block.offset)
+            handle = self._arena.grant(block, blocks, chosen, opens)
+        finally:
+            self._arena.free(block)
+        return handle
+
+    def withdraw(self, handle: Handle) -> None:
+        """Take back what will not be opened. Who opens it later gets `StaleHandle`; who has opened it keeps it."""
+        if not self._closed:
+            self._arena.withdraw(handle)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor inside the arena: publishing it, or views of it, copies nothing.
+
+        Publishing freezes it: it must not be written to while a reader may hold it; it may be published again. The
+        memory comes back when neither a reader nor this process holds it.
+
+        Raises:
+            ArenaFull: no block came free within `policy.wait` seconds.
+        """
+        self._check_open()
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if not size:
+            return torch.empty(tuple(shape), dtype=dtype)
+        block = self._arena.reserve(BLOCK.size + size, self._policy.wait)
+        mapping = self._arena.segment(block.segment).map
+        _layout.write_block(mapping, block.generation, block.length, BlockKind.PAYLOAD, base=block.offset)
+        exporter = np.frombuffer(mapping, np.uint8, size, block.offset + BLOCK.size)
+        tensor = torch.frombuffer(exporter, dtype=torch.uint8).view(dtype).view(tuple(shape))
+        self._empties[block] = _Frozen(ref(tensor), None)
+        finalize(exporter, self._expire, block).atexit = False
+        return tensor
+
+    def stats(self) -> Stats:
+        """Counters, memory, and what each reader holds."""
+        self._check_open()
+        self._arena.reclaim()
+        now = self._arena.clock()
+        leases = tuple(
+            ReaderLeases(i, alive, held.leases, held.opened, None if held.since is None else now - held.since)
+            for i, (alive, held) in enumerate(zip(self._arena.alive(), self._arena.held(), strict=True))
+        )
+        return self._counters.stats(usage=self._arena.usage(), leases=leases)
+
+    def close(self) -> None:
+        """Publish no more, leave no name behind. What readers have mapped, and tensors of `empty`, stay valid."""
+        if not self._closed:
+            self._closed = True
+            self._arena.close()
+
+    def settle(self) -> tuple[bool | None, ...]:
+        """Hear the readers and unlink what all have mapped; for each whether it lives (None: not come)."""
+        self._check_open()
+        self._arena.reclaim()
+        return self._arena.alive()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this writer was closed, or belongs to the process that this one was forked from")
+
+    def _expire(self, block: Block) -> None:
+        """The last tensor over a block of `empty` is gone. Runs in finalizers."""
+        self._empties.pop(block, None)
+        self._arena.expire(block)
+
+    def _find_empties(self, encoded: Encoded) -> dict[int, _Found]:
+        """For each piece that lies in memory of `empty`, by its number: the block, and where in it."""
+        found = {}
+        for number, piece in enumerate(encoded.pieces):
+            place = self._arena.block_of(piece.source.data_ptr(), piece.source.numel())
+            if place is not None and place[0] in self._empties:
+                self._freeze(place[0])
+                found[number] = _Found(*place)
+        return found
+
+    def _freeze(self, block: Block) -> None:
+        frozen = self._empties[block]
+        tensor = frozen.tensor()
+        if tensor is None or tensor.is_inference():
+            return
+        # The claim of the storage itself is one; any more are leases of readers.
+        if frozen.version not in (None, tensor._version) and block.claims > 1:
+            raise EncodeError(
+                f"a tensor of empty(), shape {tuple(tensor.shape)}, was written to after it was published, while they "
+                "hold it: they would see it change. Write into a new tensor of empty()."
+            )
+        self._empties[block] = frozen._replace(version=tensor._version)
+
+    @staticmethod
+    def _place(encoded: Encoded, listed: dict[int, _Found], blocks: tuple[Block, ...]) -> list[_layout.Piece | int]:
+        places: list[_layout.Piece | int] = []
+        for number, piece in enumerate(encoded.pieces):
+            length = piece.lead + piece.source.numel()
+            found = listed.get(number)
+            if found is None:
+                places.append(length)
+            else:
+                places.append(_layout.Piece(blocks.index(found.block) + 1, found.offset - piece.lead, length))
+        return places
+
+
+class Reader:
+    """The end that opens. Safe to use from any thread.
+
+    Args:
+        address: the writer's.
+        index: this reader's number, below the writer's `readers`; an index is used once, ever.
+        isolation: `cow`: tensors are writable, writes stay in this process. `guard`: a write is a SIGSEGV (debugging).
+            `shared`: a write changes the message for everybody, at the user's risk.
+        allow: as the writer's.
+
+    Raises:
+        PeerDied: there is no such writer on this machine (any more).
+        StaleHandle: the index is taken.
+        LayoutError: the segments are not what they claim.
+        OSError: the system refuses to map them.
+    """
+
+    def __init__(
+        self, address: Address, index: int, *, isolation: Isolation = "cow", allow: Iterable[type | str] = ()
+    ) -> None:
+        if isolation not in ("cow", "guard", "shared"):
+            raise ValueError(f"isolation={isolation!r}: cow, guard or shared")
+        self._allow = Allow(tuple(allow))
+        self._counters = Counters()
+        self._leases = Leases(address, index, isolation)
+
+    def open(self, handle: Handle) -> object:
+        """The object behind `handle`, its tensors mapped; those under 64 KiB are copies and pin nothing.
+
+        The message is held until the last of its tensors, with all views of them, is gone.
+
+        Raises:
+            StaleHandle: it was withdrawn, discarded, opened too often, or is for other readers.
+            LayoutError: its bytes are not what they claim; `NotAllowed`: it has a class that is not allowed here.
+            ClosedError: the reader was closed.
+        """
+        obj, size = self.fetch(handle)
+        self._counters.message("shm", size)
+        return obj
+
+    def fetch(self, handle: Handle, leaves: Leaves | None = None) -> tuple[object, int]:
+        """`open` for a message that may refer to `leaves`; also the bytes of its pieces, and counts nothing."""
+        opened = self._leases.open(handle)
+        try:
+            obj = decode(opened.stream, opened.pieces, self._allow, leaves)
+            return obj, sum(piece.numel() for piece in opened.pieces)
+        finally:
+            self._leases.decoded(opened.lease)
+
+    def discard(self, handle: Handle) -> None:
+        """Give back what this reader will not open of `handle`."""
+        self._leases.discard(handle)
+
+    def discard_below(self, handle: Handle) -> None:
+        """Give back everything published up to `handle` that this reader has not opened."""
+        self._leases.discard_below(handle)
+
+    @property
+    def writer_lives(self) -> bool:
+        """Whether the writer's process is alive and has not closed it."""
+        return self._leases.writer_lives()
+
+    def stats(self) -> Stats:
+        """Messages opened, and the leases that are held now."""
+        return self._counters.stats(leases_held=self._leases.held())
+
+    def close(self) -> None:
+        """Open no more, and give back what was not opened. Tensors that live stay valid, their leases held."""
+        self._leases.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Found(NamedTuple):
+    block: Block
+    offset: int
+
+
+class _Frozen(NamedTuple):
+    """A tensor of `empty`, and its version when it was last published."""
+
+    tensor: ref[Tensor]
+    version: int | None
+
+
+def pack_inline(encoded: Encoded) -> Tensor:
+    """A message as one 1-D uint8 tensor, laid out like a block of generation 0."""
+    plan = plan_message(len(encoded.stream), 0, [piece.lead + piece.source.numel() for piece in encoded.pieces])
+    tensor = torch.empty(plan.length, dtype=torch.uint8)
+    memory = tensor.numpy()
+    copy_pieces(encoded, plan.pieces, memory)
+    _layout.write_message(memory.data, 0, plan.length, Message(encoded.stream, (), plan.pieces))
+    return tensor
+
+
+def unpack_inline(tensor: Tensor, allow: Allow, leaves: Leaves | None = None) -> object:
+    """The object in a tensor of `pack_inline`; its tensors are views of it. `LayoutError` for anything else."""
+    message = parse_message(tensor.numpy().data, 0)
+    if message.blocks:
+        raise LayoutError("an inline message lists blocks")
+    pieces = tuple(tensor[offset : offset + length] for _, offset, length in message.pieces)
+    return decode(message.stream, pieces, allow, leaves)
+
+
+def copy_pieces(encoded: Encoded, places: Sequence[_layout.Piece], memory: Memory) -> None:
+    """Copy the pieces that go into a message's own block, `memory`, each to its place."""
+    # torch copies with several threads; with one, its byte loop is slower than memcpy, and numpy's is memcpy.
+    many = torch.get_num_threads() > 1
+    for piece, place in zip(encoded.pieces, places, strict=True):
+        if place.block:
+            continue
+        start = place.offset + piece.lead
+        target = memory[start : start + piece.source.numel()]
+        if many:
+            torch.from_numpy(target).copy_(piece.source)
+        else:
+            np.copyto(target, piece.source.numpy())
+
+
+def _forget() -> None:
+    for writer in list(_writers):
+        writer._closed = True
+
+
+os.register_at_fork(after_in_child=_forget)
