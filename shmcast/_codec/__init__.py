@@ -11,10 +11,9 @@
 Imports point down:
 
     _encode | _decode
-    _paths | _machine
-    _table | _leaves
-    _allow | _pieces
-    _classes | _geometry
+    _parts | _paths | _machine
+    _leaves | _table | _allow
+    _pieces | _classes | _geometry
 """
 
 from ._allow import Allow

@@ -31,7 +31,8 @@ def decode(stream: bytes, pieces: Sequence[torch.Tensor], allow: Allow, leaves: 
 
     Raises `LayoutError` for bytes that are no skeleton, do not fit the pieces, or refer to other leaves, and
     `NotAllowed` for a class that `allow` does not admit. No bytes lead to anything else, nor to any code but
-    `__hash__`, `__eq__` and Enum look-up of admitted classes, and the import of the modules of admitted packages.
+    `__hash__`, `__eq__` and Enum look-up of admitted classes, the `__post_init__` of a Struct that has an
+    `__init_subclass__`, and the import of the modules of admitted packages.
     """
     try:
         return _Rebuilder(stream, pieces, allow, leaves).run()

@@ -13,9 +13,10 @@ import torch
 from shmcast.errors import EncodeError, NotAllowed
 
 from . import _leaves, _table
-from ._classes import Unfit, Values, kind_of
+from ._classes import Unfit, Values
 from ._geometry import MAX_DIMS, TORCH_NAMES, contiguous_strides, extent, refuse_numpy_dtype
 from ._leaves import LARGE_BYTES, LONG_LIST, Leaves, is_plain
+from ._parts import BUILTINS, Refusal, numpy_parts, refuse_tensor, refuse_type
 from ._paths import cycle_in, path_to
 from ._pieces import Piece, Span, array_owner, is_sparse, merge, piece_of
 
@@ -37,16 +38,6 @@ class Encoded(NamedTuple):
         return sum(piece.source.numel() for piece in self.pieces)
 
 
-class _Refusal(Exception):
-    """Something inside the object that cannot be sent; its path is looked for once this is caught."""
-
-    def __init__(self, culprit: object, reason: str, error: type[EncodeError] = EncodeError) -> None:
-        super().__init__(reason)
-        self.culprit = culprit
-        self.reason = reason
-        self.error = error
-
-
 class _Marker:
     """What the pickle applies to the parts of an instance; travels as a persistent id, never as a name."""
 
@@ -62,7 +53,8 @@ def encode(obj: object, allow: Allow, leaves: Leaves | None = None, keeps_leaves
 
     Tensors, arrays, lists of 64 ints and more, and bytes of 1 KiB and more go as pieces; what is a leaf of `leaves`, or
     a view of one, goes as a reference. `keeps_leaves` promises that nobody wrote into the leaves since the walk;
-    without it only tensors whose version is tracked and did not move are references (bytes, which cannot change, too).
+    without it only tensors whose version is tracked and did not move are references (bytes, which cannot change, too);
+    a write through a numpy alias moves no version.
     A lone strided view that reaches over more than twice its bytes, and a tensor that is not aligned to its element,
     arrive contiguous; everything else keeps dtype, shape, strides, and shares memory as it did.
 
@@ -71,7 +63,7 @@ def encode(obj: object, allow: Allow, leaves: Leaves | None = None, keeps_leaves
     flattener = _Flattener(io.BytesIO(), allow, leaves, keeps_leaves)
     try:
         return flattener.flatten(obj)
-    except _Refusal as refusal:
+    except Refusal as refusal:
         found = f"{path_to(obj, refusal.culprit)}: {refusal.reason}"
         raise refusal.error(found) from refusal.__cause__
     except RecursionError:
@@ -104,14 +96,13 @@ class _Flattener(pickle.Pickler):
         self.placed: list[tuple[int, Any]] = []  # for each span: its entry, and the tensor or array
         self.containers: set[int] = set()
         self.instances: set[int] = set()
-        self.repeats = False
+        self.repeated: list[object] = []
 
     def flatten(self, obj: object) -> Encoded:
         self.dump(obj)
-        if self.repeats:
-            cycle = cycle_in(obj)
-            if cycle is not None:
-                raise EncodeError(f"{cycle[:200]}: a cycle")
+        # A container that holds itself was met twice; most that are met twice are only shared.
+        if self.repeated and cycle_in(self.repeated) is not None:
+            raise EncodeError(_too_deep(obj))
         pieces = self.place()
         table = [len(self.class_labels), len(pieces)]
         table += [piece.lead + len(piece.source) for piece in pieces]
@@ -130,11 +121,11 @@ class _Flattener(pickle.Pickler):
         cls = type(obj)
         code = self.class_codes.get(cls)
         if code is None:
-            parts = _BUILTINS.get(cls)
+            parts = BUILTINS.get(cls)
             if parts is not None:
                 return _MARKER, parts(obj)
             if isinstance(obj, (np.generic, np.dtype)):
-                return _MARKER, _numpy_parts(obj)
+                return _MARKER, numpy_parts(obj)
             code = self.admit(obj)
         if id(obj) in self.instances:
             # The pickler remembers what it is done with, so this one is still open.
@@ -143,19 +134,19 @@ class _Flattener(pickle.Pickler):
         try:
             return _MARKER, (code[0], *code[1](obj))
         except Unfit as error:
-            raise _Refusal(obj, str(error)) from None
+            raise Refusal(obj, str(error)) from None
 
     def admit(self, obj: Any) -> tuple[int, Callable[[Any], Values]]:
         cls = type(obj)
-        reason = _refuse_type(obj)
+        reason = refuse_type(obj)
         if reason:
-            raise _Refusal(obj, reason)
+            raise Refusal(obj, reason)
         try:
             record = self.allow.by_class(cls)
         except NotAllowed as error:
-            raise _Refusal(obj, str(error), NotAllowed) from error.__cause__
+            raise Refusal(obj, str(error), NotAllowed) from error.__cause__
         except Unfit as error:
-            raise _Refusal(obj, str(error)) from None
+            raise Refusal(obj, str(error)) from None
         code = (_table.FIRST_CLASS + len(self.class_labels), record.take)
         self.class_codes[cls] = code
         self.class_labels.append(record.label)
@@ -167,13 +158,12 @@ class _Flattener(pickle.Pickler):
         return _table.MARKER
 
     def on_stranger(self, obj: object) -> int:
-        raise _Refusal(obj, f"a {type(obj).__name__} cannot be sent")
+        raise Refusal(obj, f"a {type(obj).__name__} cannot be sent")
 
     def on_container(self, obj: object) -> None:
-        # A container met twice is shared, which is fine, or holds itself, which is looked into at the end.
         key = id(obj)
         if key in self.containers:
-            self.repeats = True
+            self.repeated.append(obj)
         else:
             self.containers.add(key)
 
@@ -212,7 +202,7 @@ class _Flattener(pickle.Pickler):
         if known is not None:
             return known
         if not is_plain(tensor) or tensor.dim() > MAX_DIMS:
-            raise _Refusal(tensor, _refuse_tensor(tensor))
+            raise Refusal(tensor, refuse_tensor(tensor))
         if not tensor.numel():
             entry = [_table.EMPTY]
             self.put_tensor(entry, tensor, ())
@@ -233,7 +223,7 @@ class _Flattener(pickle.Pickler):
             return known
         reason = refuse_numpy_dtype(array.dtype)
         if reason:
-            raise _Refusal(array, reason)
+            raise Refusal(array, reason)
         if not array.size:
             entry = [_table.EMPTY_ARRAY, self.name(array.dtype.str)]
             _table.put_form(entry, array.shape, contiguous_strides(array.shape), 1, not array.flags.writeable)
@@ -386,7 +376,7 @@ def _tensor_span(tensor: torch.Tensor) -> Span:
         high = low + (extent(tuple(tensor.shape), tensor.stride())[1] + 1) * tensor.itemsize
     start = storage.data_ptr()
     if low < start or high > start + storage.nbytes():
-        raise _Refusal(tensor, "its storage has been freed or cut short")
+        raise Refusal(tensor, "its storage has been freed or cut short")
     return Span(low, high, used, storage._cdata, storage)
 
 
@@ -394,59 +384,3 @@ def _array_span(array: np.ndarray[Any, Any]) -> Span:
     address = array.__array_interface__["data"][0]
     low, high = extent(array.shape, array.strides)
     return Span(address + low, address + high + array.itemsize, array.nbytes, array_owner(array), array)
-
-
-def _slice_parts(value: slice) -> Values:
-    bounds = (value.start, value.stop, value.step)
-    if not all(bound is None or type(bound) is int for bound in bounds):
-        raise _Refusal(value, "a slice of anything but ints cannot be sent")
-    return (_table.SLICE, *bounds)
-
-
-_BUILTINS: dict[type, Callable[[Any], Values]] = {
-    complex: lambda value: (_table.COMPLEX, value.real, value.imag),
-    slice: _slice_parts,
-    range: lambda value: (_table.RANGE, value.start, value.stop, value.step),
-    torch.dtype: lambda value: (_table.DTYPE, str(value)),
-    torch.Size: lambda value: (_table.SIZE, *value),
-    torch.device: lambda value: (_table.DEVICE, str(value)),
-}
-
-
-def _numpy_parts(value: Any) -> Values:
-    dtype = value if isinstance(value, np.dtype) else value.dtype
-    if isinstance(value, (np.str_, np.bytes_)) and type(value) in (np.str_, np.bytes_):
-        return (_table.NUMPY_TEXT, value.item())
-    reason = refuse_numpy_dtype(dtype)
-    if reason or (value is not dtype and type(value).__module__ != "numpy"):
-        raise _Refusal(value, reason or f"a {type(value).__name__} cannot be sent")
-    if value is dtype:
-        return (_table.NUMPY_DTYPE, dtype.str)
-    return (_table.NUMPY_SCALAR, dtype.str, value.tobytes())
-
-
-def _refuse_type(obj: object) -> str | None:
-    cls = type(obj)
-    if isinstance(obj, torch.nn.Parameter):
-        return "a Parameter cannot be sent: pass .detach()"
-    if isinstance(obj, torch.Tensor):
-        return f"a tensor of the subclass {cls.__name__} cannot be sent"
-    if isinstance(obj, np.ndarray):
-        return f"an array of the subclass {cls.__name__} cannot be sent: pass np.asarray() of it"
-    if isinstance(obj, type):
-        return "a class cannot be sent, only its instances"
-    return f"a {cls.__name__} cannot be sent" if kind_of(cls) is None else None
-
-
-def _refuse_tensor(tensor: torch.Tensor) -> str:
-    if not tensor.is_cpu:
-        return f"a tensor on {tensor.device} cannot be sent, only CPU tensors"
-    if tensor.requires_grad:
-        return "a tensor that requires grad cannot be sent: pass .detach()"
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return f"a {'nested' if tensor.is_nested else tensor.layout} tensor cannot be sent, only dense ones"
-    if tensor.is_conj() or tensor.is_neg():
-        return "a tensor with the conj or neg bit cannot be sent: pass .resolve_conj() or .resolve_neg()"
-    if tensor.dim() > MAX_DIMS:
-        return f"a tensor of {tensor.dim()} dims cannot be sent"
-    return f"a quantised tensor ({tensor.dtype}) cannot be sent"

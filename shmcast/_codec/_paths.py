@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 WHOLE = "the object itself"
 SOMEWHERE = "somewhere inside"
 MAX_DEPTH = 3000
+ATOMS = frozenset((type(None), bool, int, float, str, bytes))
 
 Step = tuple[str, Any]
 
@@ -57,6 +58,8 @@ def _cycle_in(root: object) -> str | None:
     while pending:
         prefix, holder, steps = pending[-1]
         for step, value in steps:
+            if type(value) in ATOMS:
+                continue
             if id(value) in above:
                 return (prefix + step).lstrip(".") or WHOLE
             if _holds(value) and id(value) not in done and len(pending) < MAX_DEPTH:

@@ -86,7 +86,10 @@ def split(stream: bytes) -> Parts:
     pickle_at = table_at + count * width
     if pickle_at > len(stream):
         raise LayoutError(f"a skeleton of at least {pickle_at} bytes in {len(stream)}")
-    names = stream[HEADER.size : table_at].decode().split("\n") if names_bytes else []
+    try:
+        names = stream[HEADER.size : table_at].decode().split("\n") if names_bytes else []
+    except UnicodeDecodeError as error:
+        raise LayoutError(f"names that are no text: {error}") from None
     return Parts(names, struct.unpack_from(f"<{count}{_CODES[width]}", stream, table_at), stream[pickle_at:])
 
 

@@ -1,0 +1,134 @@
+"""The documents say what the code does: tables against structs, examples by running them, names by looking them up."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shmcast
+from shmcast import _layout, _wire
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+FORMAT = (DOCS / "format.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+ROW = re.compile(r"^ +(?P<offset>\d+) +(?P<size>\d+) +(?P<field>\w+)")
+
+# Which struct each table of the format describes.
+STRUCTS = {
+    "Segment header": _layout.SEGMENT,
+    "Ring entry": _layout.ENTRY,
+    "Block": _layout.BLOCK,
+    "Address": _wire.ADDRESS,
+    "Handle": _wire.HANDLE,
+    "Header": _wire.HEADER,
+}
+
+
+def tables(text: str) -> dict[str, list[tuple[int, int, str]]]:
+    """The rows (offset, size, field) of each titled table in `text`."""
+    found: dict[str, list[tuple[int, int, str]]] = {}
+    title = ""
+    for line in text.splitlines():
+        if re.match(r"^[A-Z][a-z ]+[:.]", line):
+            title = re.split(r"[:.]", line)[0]
+        row = ROW.match(line)
+        if row:
+            found.setdefault(title, []).append((int(row["offset"]), int(row["size"]), row["field"]))
+    return found
+
+
+def block_after(title: str, text: str) -> str:
+    """The first code block after a heading."""
+    return text.split(f"## {title}\n")[1].split("```")[1].strip("\n")
+
+
+@pytest.mark.parametrize(("title", "doc"), [("In shared memory", _layout.__doc__), ("Through channels", _wire.__doc__)])
+def test_format_page_has_the_tables_of_the_code(title: str, doc: str) -> None:
+    assert block_after(title, FORMAT) in doc
+
+
+def test_format_page_has_the_invariants_of_the_code() -> None:
+    assert _layout.__doc__ is not None
+    assert block_after("Invariants", FORMAT) in _layout.__doc__
+
+
+@pytest.mark.parametrize("title", STRUCTS)
+def test_tables_tile_their_structs(title: str) -> None:
+    rows = tables(FORMAT)[title]
+    ends = [offset + size for offset, size, _ in rows]
+    assert [offset for offset, _, _ in rows] == [0, *ends[:-1]]
+    assert ends[-1] == STRUCTS[title].size
+
+
+@pytest.mark.parametrize("title", STRUCTS)
+def test_fields_sit_where_the_tables_say(title: str) -> None:
+    layout = STRUCTS[title]
+    rows = [row for row in tables(FORMAT)[title] if row[2] != "reserved"]
+    codes = re.findall(r"\d*[a-wyzA-Z]", layout.format.lstrip("<"))
+    assert len(codes) == len(rows)
+    for number, (offset, size, field) in enumerate(rows):
+        values = [
+            b"\xff" * struct.calcsize(c) if c.endswith("s") else 2 ** (8 * struct.calcsize("<" + c)) - 1 for c in codes
+        ]
+        blank = [b"" if c.endswith("s") else 0 for c in codes]
+        blank[number] = values[number]
+        packed = layout.pack(*blank)
+        assert packed == bytes(offset) + b"\xff" * size + bytes(layout.size - offset - size), field
+
+
+def test_entry_kinds_and_routes_are_those_of_the_tables() -> None:
+    for kind in _layout.EntryKind:
+        assert f"{kind.value} {kind.name.lower()}" in FORMAT
+    for route in _wire.HeaderRoute:
+        assert f"{route.value} {route.name.lower()}" in FORMAT
+
+
+def test_version_is_the_one_of_the_format_page() -> None:
+    assert f"format version {_layout.VERSION}." in FORMAT
+
+
+@pytest.mark.parametrize("page", [*sorted(DOCS.glob("*.md")), ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_public_name_is_on_the_map() -> None:
+    api = (DOCS / "api.md").read_text()
+    for name in shmcast.__all__:
+        assert f"`{name}" in api or f".{name}" in api, name
+
+
+def test_every_fallback_reason_is_in_the_failure_modes() -> None:
+    page = (DOCS / "failure-modes.md").read_text()
+    for reason in _wire.Reason:
+        if reason not in (_wire.Reason.CHOSEN, _wire.Reason.THRESHOLD):
+            assert f"fallback ({reason.name.lower()})" in page
+
+
+def examples(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.multiprocess
+def test_the_readme_example_runs_as_it_stands(tmp_path: Path) -> None:
+    (program,) = examples(README)
+    path = tmp_path / "example.py"
+    path.write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 1" in done.stdout
