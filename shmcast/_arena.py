@@ -117,9 +117,9 @@ class Arena:
         block = self._try(length, readers, opens)
         if block is not None:
             return block
-        deadline = time.monotonic() + wait
         trouble = self._grow(length) if self._room(readers, opens) else f"a reader holds {MAX_TICKETS} leases, the most"
         self.reclaim()
+        deadline = time.monotonic() + wait
         pause = 0.0
         while True:
             block = self._try(length, readers, opens)
@@ -139,16 +139,6 @@ class Arena:
     def expire(self, block: Block) -> None:
         """Give up a claim from a finalizer: only noted, done at the next reserve."""
         self._expired.put(block)
-
-    def block_of(self, address: int, length: int) -> tuple[Block, int] | None:
-        """The live block that `[address, address + length)` lies in, and the offset in it; None for other memory."""
-        for segment in self._segments:
-            offset = address - segment.address
-            if offset >= 0 and offset + length <= segment.header.size:
-                with self._lock:
-                    block = self._blocks.containing(segment.header.number, offset)
-                    return None if block is None else (block, offset - block.offset)
-        return None
 
     # Leases.
 

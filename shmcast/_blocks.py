@@ -82,17 +82,6 @@ class Blocks:
         """The live block that starts there."""
         return self._live.get((segment, offset))
 
-    def containing(self, segment: int, offset: int) -> Block | None:
-        """The live block that byte `offset` of a segment belongs to."""
-        return next(
-            (
-                block
-                for block in self._live.values()
-                if block.segment == segment and block.offset <= offset < block.offset + block.size
-            ),
-            None,
-        )
-
     def usable(self, segment: int) -> bool:
         """Whether new blocks may be placed in `segment`."""
         return self._spaces[segment].usable

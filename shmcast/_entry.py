@@ -70,6 +70,8 @@ class Entry:
             self._agree(made.sent, lambda: self._inline(made.obj))
         except ControlBroken as broken:
             self._lost(broken)
+            if made.error is not None and not isinstance(made.error, Exception):
+                raise made.error from None
             if made.error is not None or local:
                 return fn(raw)
         return made.obj  # type: ignore[return-value]

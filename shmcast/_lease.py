@@ -46,7 +46,7 @@ from shmcast._layout import (
     round_up,
     write_word,
 )
-from shmcast._pages import PrivatePages
+from shmcast._pages import MADV_POPULATE_READ, PrivatePages, populate
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._ring import Outbox, acquire_all, fence, wait
 from shmcast.errors import ClosedError, LayoutError, ShmcastError, StaleHandle
@@ -107,7 +107,6 @@ class Leases:
         self._unsent: deque[tuple[EntryKind, int]] = deque()
         self._floor = 0
         self._closing = False
-        self.stuck = 0
         self.index = index
         self.inherited = False
         ring = self._take_index()
@@ -135,14 +134,9 @@ class Leases:
 
         Raises `StaleHandle`, `LayoutError` for bytes that are not what they claim, `ClosedError`.
         """
-        self._look(handle)
-        lease = Lease(self._next_ticket(handle))
+        lease = self._take(handle)
         try:
-            with self._lock:
-                self._held.add(lease)
-            # Before we look at the block: the writer either finds this entry or has marked the block by now (withdraw).
-            if not self._outbox.post(EntryKind.OPENED, lease.ticket):
-                raise ShmcastError(f"reader {self.index}: the writer has not read its ring for {RING_ENTRIES} entries")
+            # The writer finds our OPENED, or we find its mark (withdraw).
             fence()
             message = parse_message(self._view(handle.where, lease), handle.where.generation)
             for listed in message.blocks:
@@ -163,7 +157,7 @@ class Leases:
 
     def discard(self, handle: Handle) -> None:
         """Give back every lease on `handle` that this reader has not opened."""
-        with suppress(StaleHandle):
+        with suppress(StaleHandle), self._lock:
             self._look(handle)
             while True:
                 self._post_later(EntryKind.RELEASED, self._next_ticket(handle))
@@ -173,11 +167,11 @@ class Leases:
         below = handle.ticket_of(self._address.readers, 0)
         with self._lock:
             self._floor = max(self._floor, below)
-        self._post_later(EntryKind.DISCARDED, below)
+            self._post_later(EntryKind.DISCARDED, below)
 
     def writer_lives(self) -> bool:
         """Whether the writer still holds its lock."""
-        return is_taken(self._ring.fd, WRITER_BYTE)
+        return self._ring.fd >= 0 and is_taken(self._ring.fd, WRITER_BYTE)
 
     def held(self) -> int:
         """How many leases this reader holds."""
@@ -190,17 +184,33 @@ class Leases:
         if self.inherited:
             return
         with self._lock:
-            if self._closing:
-                return
-            self._closing = True
-        self._post_later(EntryKind.DISCARDED, NEVER)
+            if not self._closing:
+                self._closing = True
+                self._post_later(EntryKind.DISCARDED, NEVER)
 
     # Finding bytes.
 
-    def _look(self, handle: Handle) -> None:
-        """A handle that is stale already must cost no entry in the ring (L7): look before the ticket is taken."""
+    def _take(self, handle: Handle) -> Lease:
+        """Take the next lease on `handle` and say so.
+
+        All under the lock: an OPENED that came after the DISCARDED of `close` would name a ticket that the writer has
+        taken back by then.
+        """
         if self.inherited:
             raise ClosedError(f"reader {self.index} belongs to the process that this one was forked from")
+        with self._lock:
+            self._look(handle)
+            lease = Lease(self._next_ticket(handle))
+            if not self._outbox.post(EntryKind.OPENED, lease.ticket):
+                self._post_later(EntryKind.RELEASED, lease.ticket)
+                raise ShmcastError(f"reader {self.index}: its writer has not looked at {RING_ENTRIES - 1} entries")
+            self._held.add(lease)
+            return lease
+
+    def _look(self, handle: Handle) -> None:
+        """A handle that is stale already must cost no entry in the ring (L7): look before the ticket is taken."""
+        if self._closing:
+            raise ClosedError(f"reader {self.index} was closed")
         if handle.token != self._address.token or handle.rank != self._address.rank:
             raise LayoutError("a handle of another writer")
         segment = self._segment(handle.where)
@@ -212,17 +222,14 @@ class Leases:
         if not handle.readers >> self.index & 1:
             raise StaleHandle(f"this message is not for reader {self.index}")
         place = handle.where.segment, handle.where.offset
-        with self._lock:
-            if self._closing:
-                raise ClosedError(f"reader {self.index} was closed")
-            # Tickets at one place only grow: a place is used again when every lease on its last use has ended.
-            base, opened = self._opened.get(place, (0, 0))
-            if handle.ticket > base:
-                base, opened = handle.ticket, 0
-            if handle.ticket < max(base, self._floor) or opened >= handle.opens:
-                raise StaleHandle(f"reader {self.index} has used up its {handle.opens} leases on {handle.where}")
-            self._opened[place] = base, opened + 1
-            return handle.ticket_of(self.index, opened)
+        # Tickets at one place only grow: a place is used again when every lease on its last use has ended.
+        base, opened = self._opened.get(place, (0, 0))
+        if handle.ticket > base:
+            base, opened = handle.ticket, 0
+        if handle.ticket < max(base, self._floor) or opened >= handle.opens:
+            raise StaleHandle(f"reader {self.index} has used up its {handle.opens} leases on {handle.where}")
+        self._opened[place] = base, opened + 1
+        return handle.ticket_of(self.index, opened)
 
     def _view(self, where: Descriptor, lease: Lease) -> memoryview:
         """The block at `where` in the mapping that this lease reads, known to be in the use that is meant."""
@@ -288,7 +295,7 @@ class Leases:
         clean = [self._drop(where) for where in lease.shared]
         if not all(clean):
             # A page that cannot be dropped would show the next message stale bytes: this place is never given back.
-            self.stuck += 1
+            log.warning("reader %d: pages of %s cannot be dropped, its memory stays taken", self.index, lease.shared)
             return
         for where in lease.shared:
             del self._shared[where.segment, where.offset]
@@ -296,8 +303,7 @@ class Leases:
         self._unsent.append((EntryKind.RELEASED, lease.ticket))
 
     def _post_later(self, kind: EntryKind, value: int) -> None:
-        with self._lock:
-            self._unsent.append((kind, value))
+        self._unsent.append((kind, value))
         self._wake.release()
 
     def _send(self) -> bool:
@@ -308,7 +314,7 @@ class Leases:
 
     def _drop(self, where: Descriptor) -> bool:
         segment = self._segment(where)
-        return self._pages.drop(segment.map, segment.address, where.offset, round_up(where.length, PAGE))
+        return self._pages.drop(segment.address + where.offset, round_up(where.length, PAGE))
 
     def _serve(self) -> None:
         """The reader's one thread: sleeps until a lease ended, the writer grew, or `close`."""
@@ -350,12 +356,17 @@ class Leases:
     def _map_new(self, *, first: bool = False) -> None:
         """Map the segments that the writer has made since, and tell it; the first ones must succeed."""
         with self._lock:
+            known = len(self._segments)
             (count,) = WORD.unpack(os.pread(self._ring.fd, WORD.size, SEGMENTS_OFFSET))
-            for number in range(len(self._segments), min(count, MAX_SEGMENTS)):
+            for number in range(known, min(count, MAX_SEGMENTS)):
                 segment = self._attach(number, first=first)
                 self._segments.append(segment)
                 self._unsent.append((EntryKind.MAPPED if segment else EntryKind.BAD, number))
             self._send()
+            new = self._segments[known:]
+        for segment in new:
+            if segment is not None:
+                populate(segment.map, MADV_POPULATE_READ)
 
     def _attach(self, number: int, *, first: bool) -> Segment | None:
         expected = SegmentHeader(Kind.ARENA, self._address.token, self._address.rank, number, 0)
@@ -368,11 +379,15 @@ class Leases:
             return None
 
     def _dismantle(self) -> None:
-        self._seat.release()
-        self._pages.close()
-        for segment in (self._ring, *self._segments):
-            if segment is not None:
-                segment.drop()
+        with self._lock:
+            self._seat.release()
+            self._pages.close()
+            for segment in (self._ring, *self._segments):
+                if segment is not None:
+                    segment.drop()
+            self._segments.clear()
+            self._posted.close()
+            self._wake.close()
 
 
 def _forget() -> None:

@@ -7,7 +7,6 @@ back to its writer, every page of it that was copied must be dropped, or the nex
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import mmap
 import os
@@ -33,8 +32,9 @@ PM_SWAPPED: Final = 1 << 62
 PM_PRESENT: Final = 1 << 63
 
 _libc = ctypes.CDLL(None, use_errno=True)
-for _call in (_libc.mprotect, _libc.munlock):
+for _call in (_libc.madvise, _libc.mprotect, _libc.munlock):
     _call.restype = ctypes.c_int
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
@@ -53,17 +53,19 @@ def protect(mapping: mmap.mmap) -> None:
 
 def populate(mapping: mmap.mmap, advice: int) -> None:
     """Map the pages now instead of at their first touch; a kernel that cannot (before 5.14) maps them later."""
-    try:
-        mapping.madvise(advice)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EFAULT, errno.ENOMEM):
-            raise
+    _advise(address_of(mapping), len(mapping), advice)
 
 
 def unlock(mapping: mmap.mmap) -> None:
     """Undo what `mlockall(MCL_FUTURE)` did to a new private mapping: it copied every page, and would do so again."""
-    _libc.munlock(address_of(mapping), len(mapping))
-    mapping.madvise(mmap.MADV_DONTNEED)
+    address = address_of(mapping)
+    _libc.munlock(address, len(mapping))
+    _advise(address, len(mapping), mmap.MADV_DONTNEED)
+
+
+def _advise(address: int, size: int, advice: int) -> bool:
+    """`madvise`, but not the method of `mmap`: that one holds the GIL while the kernel fills or drops pages."""
+    return int(_libc.madvise(address, size, advice)) == 0
 
 
 class PrivatePages:
@@ -84,19 +86,13 @@ class PrivatePages:
         except OSError:
             return self._read(address, size)
 
-    def drop(self, mapping: mmap.mmap, address: int, offset: int, size: int) -> bool:
-        """Drop private copies in `[offset, offset + size)` of `mapping`, which is at `address`; False if they stay."""
-        if not self.exist(address + offset, size):
+    def drop(self, address: int, size: int) -> bool:
+        """Drop private copies in `[address, address + size)`, which is mapped; False if they stay."""
+        if not self.exist(address, size) or _advise(address, size, mmap.MADV_DONTNEED):
             return True
-        for _ in range(2):
-            try:
-                mapping.madvise(mmap.MADV_DONTNEED, offset, size)
-            except OSError:
-                # Locked pages (mlock, mlockall) are not dropped until they are unlocked.
-                _libc.munlock(address + offset, size)
-            else:
-                return True
-        return False
+        # Locked pages (mlock, mlockall) are not dropped until they are unlocked.
+        _libc.munlock(address, size)
+        return _advise(address, size, mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         if self._fd >= 0:

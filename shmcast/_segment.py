@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import posix_ipc
 
 from shmcast._layout import PAGE, Kind, SegmentHeader, parse_segment, ring_offset, ring_size
-from shmcast._pages import MADV_POPULATE_READ, MADV_POPULATE_WRITE, address_of, populate, protect, unlock
+from shmcast._pages import MADV_POPULATE_WRITE, address_of, populate, protect, unlock
 from shmcast._room import room
 from shmcast.errors import ArenaFull, LayoutError, PeerDied
 
@@ -96,7 +96,6 @@ def attach(name: str, expected: SegmentHeader, isolation: Isolation) -> Segment:
     try:
         flags = mmap.MAP_PRIVATE if isolation == "cow" else mmap.MAP_SHARED
         mapping = _map(fd, header.size, flags)
-        populate(mapping, MADV_POPULATE_READ)
         if isolation == "guard":
             protect(mapping)
     except BaseException:

@@ -51,7 +51,7 @@ class Broadcaster:
     order, from one thread at a time. Everything else may come from any thread of any one rank.
 
     Args:
-        group: a process group; default the default one. Without a CPU backend, a gloo group over the same ranks is made.
+        group: a process group; default the default one. Without a CPU backend a gloo group over its ranks is made.
             A group of one, or no torch.distributed: no shared memory, no collective, `fn` runs here.
         src: the entry rank, a rank of the group (not a global one).
         capacity: the most bytes of shared memory; default `SHMCAST_CAPACITY`, else as for `Writer`.
@@ -118,8 +118,8 @@ class Broadcaster:
         """`fn(raw)`, run once, on the entry rank, and rebuilt on the others. Collective.
 
         With `Policy(peers_hold_raw=True)` every rank passes its own `raw`, equal in content: what of it is in the
-        result travels as references, and a rank for which anything fails runs `fn(raw)` itself. With False the `raw` of the
-        others is ignored. `fn` is deterministic and can be run again on the same `raw`, also after it raised.
+        result travels as references, and a rank for which anything fails runs `fn(raw)` itself. With False the `raw`
+        of the others is ignored. `fn` is deterministic and can be run again on the same `raw`, also after it raised.
 
         Raises what `fn` raises: on every rank that holds `raw`; elsewhere `MaterializeError` with its text.
         """

@@ -40,7 +40,7 @@ class Policy:
     agree: bool = False
     threshold: int = 0
     inline_max: int = 0
-    wait: float = 0.1
+    wait: float = 0.25
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "route", Route(self.route))

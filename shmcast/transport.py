@@ -69,7 +69,7 @@ class Writer:
         self.allow = Allow(tuple(allow))
         self._policy = policy or Policy()
         self._counters = Counters()
-        self._empties: dict[Block, _Frozen] = {}
+        self._empties: dict[Block, _Empty] = {}
         self._closed = False
         _reclaim.sweep()
         self._arena = Arena(readers, capacity, rank)
@@ -146,7 +146,7 @@ class Writer:
         _layout.write_block(mapping, block.generation, block.length, BlockKind.PAYLOAD, base=block.offset)
         exporter = np.frombuffer(mapping, np.uint8, size, block.offset + BLOCK.size)
         tensor = torch.frombuffer(exporter, dtype=torch.uint8).view(dtype).view(tuple(shape))
-        self._empties[block] = _Frozen(ref(tensor), None)
+        self._empties[block] = _Empty(tensor.data_ptr(), tensor.data_ptr() + size, ref(tensor), None)
         finalize(exporter, self._expire, block).atexit = False
         return tensor
 
@@ -190,16 +190,17 @@ class Writer:
 
     def _find_empties(self, encoded: Encoded) -> dict[int, _Found]:
         """For each piece that lies in memory of `empty`, by its number: the block, and where in it."""
+        empties = tuple(self._empties.items())
         found = {}
         for number, piece in enumerate(encoded.pieces):
-            place = self._arena.block_of(piece.source.data_ptr(), piece.source.numel())
-            if place is not None and place[0] in self._empties:
-                self._freeze(place[0])
-                found[number] = _Found(*place)
+            start, length = piece.source.data_ptr(), piece.source.numel()
+            for block, empty in empties:
+                if empty.start <= start and start + length <= empty.end:
+                    self._freeze(block, empty)
+                    found[number] = _Found(block, BLOCK.size + start - empty.start)
         return found
 
-    def _freeze(self, block: Block) -> None:
-        frozen = self._empties[block]
+    def _freeze(self, block: Block, frozen: _Empty) -> None:
         tensor = frozen.tensor()
         if tensor is None or tensor.is_inference():
             return
@@ -306,9 +307,11 @@ class _Found(NamedTuple):
     offset: int
 
 
-class _Frozen(NamedTuple):
-    """A tensor of `empty`, and its version when it was last published."""
+class _Empty(NamedTuple):
+    """A tensor of `empty`: its addresses, itself while it lives, and its version when it was last published."""
 
+    start: int
+    end: int
     tensor: ref[Tensor]
     version: int | None
 
