@@ -1,4 +1,4 @@
-"""Reference leaves: what every rank holds already is sent as its place in a walk, and only if it still is what it was."""
+"""Reference leaves: what every rank holds already is sent as its place in a walk, if it still is what it was."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_arrays_and_lists_are_references_only_under_the_promise(fn: Any) -> None
             theirs["array"][:] = 0
             theirs["tensor"].zero_()
             theirs["ids"][:] = []
-            assert not np.any(result)
+            assert not any(result)
 
 
 def test_lists_are_compared_by_identity() -> None:
@@ -275,8 +275,6 @@ def test_the_order_of_the_walk() -> None:
         "user": collections.UserDict({"a": number(11)}),
         "ordered": collections.OrderedDict(a=number(12)),
     }
-    raw["struct"].extra = number(-1)
-    del raw["struct"].__dict__["extra"]
     assert leaf_ids(raw) == list(range(13))
 
 
@@ -371,7 +369,9 @@ def test_other_raw_inputs_are_noticed(name: str, fn: Any) -> None:
 def test_other_lengths_are_noticed(value: Any) -> None:
     stream = encode(value, ALLOW, Leaves.walk([value]), True).stream
     with pytest.raises(LayoutError, match="leaf 0"):
-        decode(stream, (), ALLOW, Leaves.walk([copy_of(value)[:-1] if isinstance(value, np.ndarray) else value + value]))
+        decode(
+            stream, (), ALLOW, Leaves.walk([copy_of(value)[:-1] if isinstance(value, np.ndarray) else value + value])
+        )
 
 
 def test_a_rank_without_raw_inputs() -> None:

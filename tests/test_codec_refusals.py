@@ -25,7 +25,7 @@ class Subclass(torch.Tensor):
     pass
 
 
-class ArraySubclass(np.ndarray):  # type: ignore[type-arg]
+class ArraySubclass(np.ndarray):
     pass
 
 
@@ -126,7 +126,7 @@ PATHS: dict[str, Any] = {
     "[1][0][0]": lambda bad: (0, ([bad],)),
     "{...}": lambda bad: {bad},
     ".keys()[1]": lambda bad: {"a": 1, bad: 2},
-    "mm_items[0].model_specific_data[\"grid\"]": lambda bad: kinds.Request(
+    'mm_items[0].model_specific_data["grid"]': lambda bad: kinds.Request(
         [kinds.Item(kinds.Kind.IMAGE, model_specific_data={"grid": bad})]
     ),
     "left": lambda bad: kinds.Slotted(bad),
@@ -217,7 +217,9 @@ def test_sharing_is_no_cycle() -> None:
     assert same(round_trip(value), value)
 
 
-@pytest.mark.parametrize("wrap", [lambda inner: [inner], lambda inner: (inner,), lambda inner: {"a": inner}, kinds.Frozen])
+@pytest.mark.parametrize(
+    "wrap", [lambda inner: [inner], lambda inner: (inner,), lambda inner: {"a": inner}, kinds.Frozen]
+)
 def test_nested_too_deeply(wrap: Any) -> None:
     deep: Any = 0
     for _ in range(100_000):

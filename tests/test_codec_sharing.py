@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -56,16 +57,16 @@ def test_relative_storage_offsets_survive() -> None:
 
 def test_neighbours_of_different_storages_stay_apart() -> None:
     room = np.zeros(256, np.uint8)
-    left = torch.frombuffer(memoryview(room)[:128], dtype=torch.uint8)
-    right = torch.frombuffer(memoryview(room)[128:], dtype=torch.uint8)
+    left = torch.frombuffer(memoryview(room.data)[:128], dtype=torch.uint8)
+    right = torch.frombuffer(memoryview(room.data)[128:], dtype=torch.uint8)
     assert right.data_ptr() == left.data_ptr() + 128
     assert sizes([left, right]) == [128, 128]
 
 
 def test_storages_that_overlap_are_one_piece() -> None:
     room = np.arange(256, dtype=np.uint8)
-    left = torch.frombuffer(memoryview(room)[:200], dtype=torch.uint8)
-    right = torch.frombuffer(memoryview(room)[100:], dtype=torch.uint8)
+    left = torch.frombuffer(memoryview(room.data)[:200], dtype=torch.uint8)
+    right = torch.frombuffer(memoryview(room.data)[100:], dtype=torch.uint8)
     assert sizes([left, right]) == [256]
     back = round_trip([left, right])
     assert same(back[0], left)
@@ -124,8 +125,8 @@ def test_sparse_views_that_share_keep_sharing() -> None:
 
 def test_a_tensor_off_its_alignment_is_copied() -> None:
     room = np.zeros(41, np.uint8)
-    skewed = torch.frombuffer(memoryview(room)[1:], dtype=torch.uint8)
-    array = np.frombuffer(memoryview(room)[1:], np.float32)
+    skewed = torch.frombuffer(memoryview(room.data)[1:], dtype=torch.uint8)
+    array = np.frombuffer(memoryview(room.data)[1:], np.float32)
     tensor = torch.from_numpy(array)
     assert tensor.data_ptr() % 4
     back = round_trip([tensor, skewed])
@@ -212,7 +213,7 @@ def test_pieces_never_overlap_and_hold_every_view(cuts: list[tuple[int, int, int
     parents = [torch.arange(100), torch.arange(100, dtype=torch.uint8)]
     views = [parents[index % 2][start : start + length] for index, (start, length, _) in enumerate(cuts)]
     spans = [(piece.source.data_ptr(), piece.source.numel()) for piece in encode(views, ALLOW).pieces]
-    for (low, length), (after, _) in zip(spans, spans[1:], strict=False):
+    for (low, length), (after, _) in itertools.pairwise(spans):
         assert low + length <= after
     for view in views:
         low, high = span_of(view)

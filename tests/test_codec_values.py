@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -125,7 +126,15 @@ def test_every_dtype_and_shape(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_the_dtype_table_is_torchs_own_without_the_quantised() -> None:
-    wanted = {torch.bool, torch.uint8, torch.uint64, torch.bfloat16, torch.float8_e4m3fn, torch.complex32, torch.float64}
+    wanted = {
+        torch.bool,
+        torch.uint8,
+        torch.uint64,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.complex32,
+        torch.float64,
+    }
     assert wanted <= set(TORCH_DTYPES.values())
     assert not {torch.qint8, torch.quint8, torch.qint32} & set(TORCH_DTYPES.values())
 
@@ -311,13 +320,13 @@ KEYS = st.recursive(
 
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
-    """A tensor of any dtype, perhaps transposed, stepped or a slice."""
-    names = [name for name in sorted(TORCH_DTYPES) if "bits" not in name and "int1" not in name]
+    """A tensor of any dtype that torch can print, perhaps transposed, perhaps a slice that is not sparse."""
+    names = [name for name in sorted(TORCH_DTYPES) if not re.search(r"bits|int[1-7]\b|float4", name)]
     tensor = filled(TORCH_DTYPES[draw(st.sampled_from(names))], *draw(st.lists(st.integers(0, 4), max_size=4)))
     if tensor.dim() > 1 and draw(st.booleans()):
         tensor = tensor.transpose(0, -1)
     if tensor.dim() and tensor.shape[0] > 1 and draw(st.booleans()):
-        tensor = tensor[1 :: draw(st.integers(1, 2))]
+        tensor = tensor[1:]
     return tensor
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from shmcast._codec import Allow, Encoded, Leaves, decode, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 LINE = 64
 
@@ -23,7 +25,7 @@ def carry(encoded: Encoded) -> list[torch.Tensor]:
         room = torch.full((length + LINE,), 0xAA, dtype=torch.uint8)
         start = -room.data_ptr() % LINE
         # A storage of exactly the bytes, as an exporter over the mapping gives.
-        carried.append(torch.from_numpy(np.frombuffer(memoryview(room.numpy())[start : start + length], np.uint8)))
+        carried.append(torch.from_numpy(np.frombuffer(memoryview(room.numpy().data)[start : start + length], np.uint8)))
         carried[-1][piece.lead :] = piece.source
     return carried
 
@@ -43,9 +45,9 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor):
         return same_tensor(left, right)
     if isinstance(left, np.ndarray):
-        return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+        return bool(left.dtype == right.dtype) and left.shape == right.shape and left.tobytes() == right.tobytes()
     if isinstance(left, np.generic):
-        return left.dtype == right.dtype and left.tobytes() == right.tobytes()
+        return bool(left.dtype == right.dtype) and left.tobytes() == right.tobytes()
     if isinstance(left, float):
         return (math.isnan(left) and math.isnan(right)) or (
             left == right and math.copysign(1, left) == math.copysign(1, right)

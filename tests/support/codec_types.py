@@ -149,6 +149,18 @@ class BareStruct(msgspec.Struct):
     only: Any
 
 
+class WatchingStruct(msgspec.Struct):
+    """Sees every subclass, so that none may be made to keep `__post_init__` from running."""
+
+    made: int
+
+    def __init_subclass__(cls) -> None:
+        raise RuntimeError("__init_subclass__ ran")
+
+    def __post_init__(self) -> None:
+        self.made += 1
+
+
 class Outer:
     class Nested(enum.Enum):
         ONE = 1
@@ -173,4 +185,5 @@ ALL: tuple[type, ...] = (
     Struct,
     FrozenStruct,
     BareStruct,
+    WatchingStruct,
 )

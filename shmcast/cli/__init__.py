@@ -1,0 +1,16 @@
+"""The command line. Commands import torch and numpy when they run, not before."""
+
+from __future__ import annotations
+
+import click
+
+from shmcast.cli.demo import demo
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="shmcast")
+def command_line() -> None:
+    """Multimodal inputs for every rank of a machine, through shared memory."""
+
+
+command_line.add_command(demo)
