@@ -40,7 +40,7 @@ from shmcast._room import room
 from shmcast._segment import STEP, Segment
 from shmcast._tickets import Held, Tickets
 from shmcast._wire import Address, Handle
-from shmcast.errors import ArenaFull
+from shmcast.errors import ArenaFull, LayoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -142,6 +142,12 @@ class Arena:
 
     # Leases.
 
+    def is_leased(self, block: Block) -> bool:
+        """Whether anybody but the writer's own storage claims the block."""
+        with self._lock:
+            self._drain()
+            return block.claims > 1
+
     def grant(self, message: Block, listed: Iterable[Block], readers: Iterable[int], opens: int) -> Handle:
         """Give each of `readers` `opens` leases on a message that is complete."""
         blocks = (message, *listed)
@@ -155,6 +161,8 @@ class Arena:
 
     def withdraw(self, handle: Handle) -> None:
         """Take back the leases of `handle` that no reader has opened; nothing happens where none is left."""
+        if (handle.token, handle.rank) != (self.address.token, self.address.rank):
+            raise LayoutError("a handle of another writer")
         with self._lock:
             block = self._blocks.at(handle.where.segment, handle.where.offset)
             if block is None or block.where != handle.where or not self._tickets.alive(handle.ticket, handle.opens):

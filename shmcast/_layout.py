@@ -98,7 +98,6 @@ PIECE: Final = struct.Struct("<I4xQQ")
 WORD: Final = struct.Struct("<I")
 
 SEGMENTS_OFFSET: Final = 56
-GENERATION_OFFSET: Final = 8
 KIND_OFFSET: Final = 24
 
 
@@ -334,33 +333,29 @@ def mark_withdrawn(block: mmap.mmap | bytearray | memoryview, base: int = 0) -> 
     write_word(block, base + KIND_OFFSET, BlockKind.WITHDRAWN)
 
 
-def peek_generation(block: Bytes) -> int:
-    """The generation that a block claims."""
-    return int.from_bytes(block[GENERATION_OFFSET : GENERATION_OFFSET + 8], "little")
-
-
-def peek_kind(block: Bytes) -> int:
-    """The kind that a block claims."""
-    return int.from_bytes(block[KIND_OFFSET : KIND_OFFSET + WORD.size], "little")
-
-
-def parse_block(block: Bytes, generation: int, kind: BlockKind) -> bytes:
-    """A private copy of the skeleton of the block that fills `block`, after checking that it is this use of it."""
-    if len(block) < BLOCK.size:
-        raise LayoutError(f"{len(block)} bytes cannot hold a block header of {BLOCK.size}")
-    magic, found, length, found_kind, size, crc = BLOCK.unpack_from(block)
+def check_block(head: Bytes, generation: int, length: int) -> None:
+    """Raise unless `head` starts with the header of this use of a block: `Stale` in another use, else `LayoutError`."""
+    if len(head) < BLOCK.size:
+        raise LayoutError(f"{len(head)} bytes cannot hold a block header of {BLOCK.size}")
+    magic, found, found_length, kind, size, _ = BLOCK.unpack_from(head)
     if magic != BLOCK_MAGIC:
         raise LayoutError(f"no block here: its magic is {magic!r}")
     if found != generation:
         raise Stale(f"the block is at generation {found}, not {generation}")
-    if found_kind == BlockKind.WITHDRAWN:
+    if kind == BlockKind.WITHDRAWN:
         raise Stale(f"generation {generation} of the block was withdrawn")
+    if found_length != length or size > length - BLOCK.size:
+        raise LayoutError(f"a block of {length} bytes claims {found_length}, {size} of them skeleton")
+
+
+def parse_block(block: Bytes, generation: int, kind: BlockKind) -> bytes:
+    """A private copy of the skeleton of the block that fills `block`, after checking that it is this use of it."""
+    check_block(block, generation, len(block))
+    found_kind, size, crc = BLOCK.unpack_from(block)[3:]
     if found_kind != kind:
         raise LayoutError(f"the block is of kind {found_kind}, not {kind}")
-    if length != len(block) or size > length - BLOCK.size:
-        raise LayoutError(f"a block of {len(block)} bytes claims {length}, {size} of them skeleton")
     skeleton = bytes(block[BLOCK.size : BLOCK.size + size])
-    if crc != zlib.crc32(skeleton, zlib.crc32(bytes(block[: BLOCK.size - 4]))):
+    if len(skeleton) != size or crc != zlib.crc32(skeleton, zlib.crc32(bytes(block[: BLOCK.size - 4]))):
         raise LayoutError("the checksum of the block does not fit its header and skeleton")
     return skeleton
 

@@ -38,11 +38,10 @@ from shmcast._layout import (
     Kind,
     SegmentHeader,
     Stale,
+    check_block,
     check_descriptor,
     parse_block,
     parse_message,
-    peek_generation,
-    peek_kind,
     round_up,
     write_word,
 )
@@ -213,10 +212,16 @@ class Leases:
             raise ClosedError(f"reader {self.index} was closed")
         if handle.token != self._address.token or handle.rank != self._address.rank:
             raise LayoutError("a handle of another writer")
-        segment = self._segment(handle.where)
-        head = os.pread(segment.fd, BLOCK.size, handle.where.offset)
-        if peek_generation(head) != handle.where.generation or peek_kind(head) == BlockKind.WITHDRAWN:
-            raise StaleHandle(f"{handle.where} was withdrawn, or is in another use by now")
+        self._head(handle.where)
+
+    def _head(self, where: Descriptor) -> bytes:
+        """The block's header as the writer sees it, whatever this process has written to its own pages."""
+        head = os.pread(self._segment(where).fd, BLOCK.size, where.offset)
+        try:
+            check_block(head, where.generation, where.length)
+        except Stale as error:
+            raise StaleHandle(f"{where}: {error}") from None
+        return head
 
     def _next_ticket(self, handle: Handle) -> int:
         if not handle.readers >> self.index & 1:
@@ -236,8 +241,8 @@ class Leases:
         place = lease.places.get(where) or self._place(where, lease)
         lease.places[where] = place
         view = memoryview(place.mapping)[place.offset : place.offset + where.length]
-        if where in lease.shared and peek_generation(view) != where.generation:
-            # Pages that were locked after their last use are stale copies: look at the writer's own bytes.
+        if where in lease.shared and view[: BLOCK.size] != self._head(where):
+            # Pages that were locked (mlockall) while the block was free are stale copies.
             self._drop(where)
         return view
 
@@ -298,7 +303,7 @@ class Leases:
             log.warning("reader %d: pages of %s cannot be dropped, its memory stays taken", self.index, lease.shared)
             return
         for where in lease.shared:
-            del self._shared[where.segment, where.offset]
+            self._shared.pop((where.segment, where.offset), None)
         self._held.discard(lease)
         self._unsent.append((EntryKind.RELEASED, lease.ticket))
 

@@ -138,16 +138,20 @@ class Writer:
             ArenaFull: no block came free within `policy.wait` seconds.
         """
         self._check_open()
-        size = torch.Size(shape).numel() * dtype.itemsize
+        shape = torch.Size(shape)
+        if any(length < 0 for length in shape):
+            raise ValueError(f"empty({tuple(shape)}): no length may be negative")
+        size = shape.numel() * dtype.itemsize
         if not size:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
         block = self._arena.reserve(BLOCK.size + size, self._policy.wait)
         mapping = self._arena.segment(block.segment).map
         _layout.write_block(mapping, block.generation, block.length, BlockKind.PAYLOAD, base=block.offset)
         exporter = np.frombuffer(mapping, np.uint8, size, block.offset + BLOCK.size)
-        tensor = torch.frombuffer(exporter, dtype=torch.uint8).view(dtype).view(tuple(shape))
-        self._empties[block] = _Empty(tensor.data_ptr(), tensor.data_ptr() + size, ref(tensor), None)
+        # From here on the exporter holds the claim, and whatever raises drops it.
         finalize(exporter, self._expire, block).atexit = False
+        tensor = torch.frombuffer(exporter, dtype=torch.uint8).view(dtype).view(shape)
+        self._empties[block] = _Empty(tensor.data_ptr(), tensor.data_ptr() + size, ref(tensor), None)
         return tensor
 
     def stats(self) -> Stats:
@@ -204,8 +208,7 @@ class Writer:
         tensor = frozen.tensor()
         if tensor is None or tensor.is_inference():
             return
-        # The claim of the storage itself is one; any more are leases of readers.
-        if frozen.version not in (None, tensor._version) and block.claims > 1:
+        if frozen.version not in (None, tensor._version) and self._arena.is_leased(block):
             raise EncodeError(
                 f"a tensor of empty(), shape {tuple(tensor.shape)}, was written to after it was published, while they "
                 "hold it: they would see it change. Write into a new tensor of empty()."

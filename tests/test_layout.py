@@ -505,11 +505,19 @@ def test_L4_a_withdrawn_block_is_stale_until_its_next_use() -> None:
     assert block[:100] + block[-100:] == bytes(200)
 
 
-def test_peeks_at_generation_and_kind() -> None:
+def test_a_block_header_alone_tells_which_use_it_is() -> None:
     block = message_block(generation=2**63 + 5)
-    assert (_layout.peek_generation(block), _layout.peek_kind(block)) == (2**63 + 5, 1)
+    head = bytes(block[:64])
+    _layout.check_block(head, 2**63 + 5, len(block))
+    with pytest.raises(Stale, match="at generation"):
+        _layout.check_block(head, 5, len(block))
+    with pytest.raises(LayoutError, match="claims"):
+        _layout.check_block(head, 2**63 + 5, len(block) + 1)
+    with pytest.raises(LayoutError, match="cannot hold"):
+        _layout.check_block(head[:63], 2**63 + 5, len(block))
     _layout.mark_withdrawn(block)
-    assert (_layout.peek_generation(block), _layout.peek_kind(block)) == (2**63 + 5, 3)
+    with pytest.raises(Stale, match="withdrawn"):
+        _layout.check_block(bytes(block[:64]), 2**63 + 5, len(block))
 
 
 def test_a_payload_block_is_no_message_and_the_reverse() -> None:

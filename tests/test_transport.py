@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -10,10 +11,9 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -29,6 +29,9 @@ from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
 from tests.support.codec import same
 from tests.support.codec_types import Item, Kind, Pair
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 MIB = 1 << 20
 DEADLINE_SECONDS = 30.0
@@ -70,7 +73,7 @@ def big(value: int, size: int = BIG) -> torch.Tensor:
     return torch.full((size,), value, dtype=torch.uint8)
 
 
-# pytest holds what a fixture gives until after the look for leftovers, and a closed end keeps its control segment mapped.
+# pytest holds what a fixture gives until after the look for leftovers; a closed end keeps its control segment mapped.
 
 
 @pytest.fixture
@@ -289,12 +292,11 @@ def test_a_withdrawn_message_of_another_use_is_left_alone(writer: Writer, reader
 
 @pytest.mark.xfail(strict=True, reason="Writer.withdraw does not look at the handle's token and rank")
 def test_a_withdrawn_message_of_another_writer_is_left_alone() -> None:
-    with Writer(1, capacity=MIB) as writer, Writer(1, capacity=MIB) as foreign:
-        with Reader(writer.address, 0) as reader:
-            mine, theirs = writer.publish(big(1)), foreign.publish(big(2))
-            assert (mine.where, mine.ticket) == (theirs.where, theirs.ticket)
-            writer.withdraw(theirs)
-            assert same(reader.open(mine), big(1))
+    with Writer(1, capacity=MIB) as writer, Writer(1, capacity=MIB) as foreign, Reader(writer.address, 0) as reader:
+        mine, theirs = writer.publish(big(1)), foreign.publish(big(2))
+        assert (mine.where, mine.ticket) == (theirs.where, theirs.ticket)
+        writer.withdraw(theirs)
+        assert same(reader.open(mine), big(1))
 
 
 def test_discarded(writer: Writer, reader: Reader, other: Reader) -> None:
@@ -418,12 +420,21 @@ def test_a_forged_ticket_harms_nobody_else(writer: Writer, reader: Reader, other
         assert same(other.open(writer.publish(big(i), readers=[1])), big(i))
 
 
-@pytest.mark.xfail(strict=True, reason="a ticket above 64 bits is a struct.error, in the reader's thread too")
-@pytest.mark.parametrize("use", ["open", "discard"])
-def test_a_forged_ticket_past_64_bits_is_refused(writer: Writer, other: Reader, use: str) -> None:
+@pytest.mark.xfail(strict=True, reason="a ticket above 64 bits is a struct.error")
+def test_a_forged_ticket_past_64_bits_is_refused(writer: Writer, other: Reader) -> None:
     handle = writer.publish(big(1))
     with pytest.raises((StaleHandle, LayoutError)):
-        getattr(other, use)(replace(handle, ticket=2**64 - 1))
+        other.open(replace(handle, ticket=2**64 - 1))
+
+
+@pytest.mark.xfail(strict=True, reason="a ticket above 64 bits is a struct.error in the reader's thread, and its end")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # that one
+def test_a_forged_ticket_past_64_bits_does_not_end_the_readers_thread(writer: Writer, other: Reader) -> None:
+    handle = writer.publish(big(1))
+    with contextlib.suppress(StaleHandle, LayoutError):
+        other.discard(replace(handle, ticket=2**64 - 1))
+    until(lambda: not other._leases._unsent or not _threads("shmcast-reader-1"), "the thread has seen it")
+    assert _threads("shmcast-reader-1")
 
 
 @pytest.mark.xfail(strict=True, reason="the pages that a refused handle claims are dropped, with a neighbour's writes")
@@ -435,7 +446,9 @@ def test_a_forged_length_does_not_undo_writes_to_a_neighbour(writer: Writer, rea
     with pytest.raises((StaleHandle, LayoutError)):
         reader.open(_moved(length=lambda n: MIB)(handle))
     until(lambda: reader.stats().leases_held == 1, "the refused lease is over")
-    assert same(mine, big(3))
+    values = set(mine.tolist())
+    del mine
+    assert values == {3}
 
 
 @pytest.mark.parametrize("at", [0, 4, 8, 24, 30, 41, 50, 60, 70, 77])
@@ -896,9 +909,7 @@ def test_an_idle_writer_unlinks_a_new_segment_too(monkeypatch: pytest.MonkeyPatc
 def test_the_writers_stats(writer: Writer, reader: Reader) -> None:
     assert [held.alive for held in writer.stats().leases] == [True, None]
     assert writer.stats().leases[1] == ReaderLeases(1, None, 0, 0, None)
-    tensor, handles = big(1), []
-    for opens in (1, 2):
-        handles.append(writer.publish([tensor, 0], opens=opens))
+    handles = [writer.publish([big(1), 0], opens=opens) for opens in (1, 2)]
     kept = reader.open(handles[1])
     stats = writer.stats()
     assert (stats.messages, stats.bytes) == (2, 2 * BIG)

@@ -97,6 +97,8 @@ def read_wav(path: Path, room: int) -> Patches:
         if opened.getnframes() > MAX_SECONDS * rate:
             raise NotUsable(f"is {opened.getnframes() / rate / 60:.0f} minutes long; {MAX_SECONDS // 60} are the most")
         raw = opened.readframes(opened.getnframes())
+        if len(raw) < opened.getnframes() * channels * width:
+            raise EOFError
     mono = _mono(raw, channels, width)
     if not len(mono):
         raise NotUsable("is a WAV file without sound in it")
@@ -110,8 +112,7 @@ def read_wav(path: Path, room: int) -> Patches:
 
 def _mono(raw: bytes, channels: int, width: int) -> Samples:
     """The mean of the channels, in -1 to 1; PCM of 1 (unsigned), 2, 3 or 4 bytes a sample."""
-    usable = len(raw) // (channels * width) * channels * width
-    octets = np.frombuffer(raw, np.uint8, usable).reshape(-1, width)
+    octets = np.frombuffer(raw, np.uint8).reshape(-1, width)
     if width == 1:
         values = (octets[:, 0].astype(np.float32) - 128) / 128
     else:

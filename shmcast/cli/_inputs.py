@@ -174,9 +174,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "is not a picture, a video or a WAV file that can be read here"
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-        return f"looks like a decompression bomb: {error}"
+        return f"looks like a decompression bomb: {str(error).partition(',')[0]}"
     if isinstance(error, wave.Error):
         return f"is not a WAV file that can be read here: {error}"
+    if isinstance(error, EOFError):
+        return "is damaged: it ends too early"
     if isinstance(error, MemoryError):
         return "takes more memory than there is"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -155,13 +155,12 @@ def measure(rank: int, rounds: int, capacity: int | None, raw: Raw, tell: Callab
     calls: list[Call] = []
     with broadcaster(everywhere=False) as copying, broadcaster(everywhere=True) as referring:
         ends = _Ends(copying, referring)
-        for number, phase in enumerate(_phases(rounds)):
+        for number, (phase, look) in enumerate(_phases(rounds)):
             for place in range(len(WAYS)):
                 # Each way is first, second, third ... in turn.
                 way = WAYS[(place + number) % len(WAYS)]
                 if rank == ENTRY:
                     tell(f"{phase}: {way.title}")
-                look = _timed if phase.startswith("round") else _weighed
                 calls.append(look(way, ends, raw if way.everywhere or rank == ENTRY else None))
         stats = {"bytes": copying.stats(), "references": referring.stats()}
     return Report(
@@ -172,8 +171,9 @@ def measure(rank: int, rounds: int, capacity: int | None, raw: Raw, tell: Callab
     )
 
 
-def _phases(rounds: int) -> list[str]:
-    return ["warming up", *(f"round {number} of {rounds}" for number in range(1, rounds + 1)), "looking at memory"]
+def _phases(rounds: int) -> list[tuple[str, Callable[[Way, _Ends, Raw | None], Call]]]:
+    timed = [(f"round {number} of {rounds}", _timed) for number in range(1, rounds + 1)]
+    return [("warming up", _weighed), *timed, ("looking at memory", _weighed)]
 
 
 class _Ends:

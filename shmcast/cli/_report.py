@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
     from shmcast.cli._inputs import Request
 
-BASE = "object_list"
+BASE: Final = "object_list"
+
+_REASONS: Final = {
+    "full": "there is no room for it; is --capacity, or /dev/shm, too small?",
+    "disabled": "this group does without; is SHMCAST_DISABLE set, or /dev/shm too small?",
+}
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,12 @@ def _memory(way: Way, report: Report) -> Memory:
 def _fallbacks(reports: list[Report]) -> Iterable[str]:
     """A sentence for each way whose messages did not all go through shared memory on every rank."""
     for way in WAYS:
-        routes = [report.routes[way.key] for report in reports if way.key in report.routes]
-        off = {route for each in routes for route in each if route != "shm"}
-        if off or any(report.fallbacks.get(way.key) for report in reports):
-            reasons = {reason for report in reports for reason in report.fallbacks.get(way.key, ())}
-            yield f"{way.title}: went {' and '.join(sorted(off)) or 'partly'} instead of through shared memory" + (
-                f" ({', '.join(sorted(reasons))})" if reasons else ""
-            )
+        routes = {route for report in reports for route in report.routes.get(way.key, ())} - {"shm"}
+        reasons = {reason for report in reports for reason in report.fallbacks.get(way.key, ())}
+        if routes or reasons:
+            took = f" (it went {' and '.join(sorted(routes))})" if routes else ""
+            why = "; ".join(_REASONS.get(reason, reason) for reason in sorted(reasons))
+            yield f"{way.title}, not always through shared memory{took}: {why or 'as the policy says'}"
 
 
 def what_it_is(request: Request) -> str:
@@ -185,7 +189,7 @@ def _verdict(outcome: Outcome) -> Iterable[RenderableType]:
     else:
         yield Text("NOT EVERY RANK HAD EQUAL BYTES: do not trust these numbers.\n", style="bold red")
     for sentence in outcome.fallbacks:
-        yield Text(f"Not as meant: {sentence}.\n", style="yellow")
+        yield Text(f"{sentence}\n", style="yellow")
 
 
 def _legend(outcome: Outcome, ranks: int) -> RenderableType:
@@ -209,8 +213,8 @@ def _legend(outcome: Outcome, ranks: int) -> RenderableType:
         (
             "memory a rank",
             "private memory of a rank other than the entry rank: raw inputs that must be there before (where 0, only "
-            f"the entry rank has them), and what receiving adds; the bytes lie once in {_megabytes(outcome.shared)} MB "
-            "of shared memory",
+            f"the entry rank has them), and what receiving adds; {_megabytes(outcome.shared)} MB of shared memory hold "
+            "the bytes once for all",
         ),
         (
             "broadcast_object_list",

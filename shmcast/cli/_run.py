@@ -8,7 +8,7 @@ import signal
 import tempfile
 import time
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -60,7 +60,7 @@ class _Group:
     def start(self) -> None:
         """Start all; returns at once."""
         spawn = multiprocessing.get_context("spawn")
-        with _deaf_to_ctrl_c():
+        with _children_deaf_to_ctrl_c():
             for rank in range(self._plan.ranks):
                 ours, theirs = spawn.Pipe(duplex=False)
                 process = spawn.Process(target=serve, args=(rank, self._plan, theirs, os.getpid()), daemon=True)
@@ -140,13 +140,24 @@ class _Group:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started in here never hear Ctrl-C: all of a terminal's get it, and only this one is to act on it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _children_deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started in here never hear Ctrl-C: all of a terminal's get it, and only this one is to act on it.
+
+    They inherit that the signal is blocked. Here it is put off, not lost: a thread of some library may take it, and a
+    start that is cut in two leaves a child that nobody knows.
+    """
+    # Starting this process of multiprocessing's own, which the first child needs, would unblock the signal.
+    resource_tracker.ensure_running()
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from shmcast.cli._inputs import Refused, Request
     from shmcast.cli._report import Outcome
 
-_SHOWN_REFUSED: Final = 20
 _LEAST_CAPACITY: Final = 1 << 20
 
 
@@ -39,7 +38,7 @@ class Size(click.ParamType[int]):
 
 
 @click.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path, readable=False))
 @click.option("--ranks", type=click.IntRange(2, 64), default=4, show_default=True, help="How many processes.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="After one that warms up.")
 @click.option("--capacity", type=Size(), help="The most shared memory, say 512M.  [default: a quarter of what is free]")
@@ -126,12 +125,10 @@ def _fail(message: str, refused: Iterable[Refused], as_json: bool) -> NoReturn:
     raise click.exceptions.Exit(1)
 
 
-def _say_refused(refused: list[Refused]) -> None:
+def _say_refused(refused: Iterable[Refused]) -> None:
     """A line for each file that does not go along."""
-    for each in refused[:_SHOWN_REFUSED]:
+    for each in refused:
         click.echo(f"shmcast: {_printable(each.file)} {_printable(each.reason)}", err=True)
-    if len(refused) > _SHOWN_REFUSED:
-        click.echo(f"shmcast: and {len(refused) - _SHOWN_REFUSED} more that cannot be used", err=True)
 
 
 def _printable(text: str) -> str:
