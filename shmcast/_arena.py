@@ -32,6 +32,7 @@ from shmcast._layout import (
     mark_withdrawn,
     ring_offset,
     round_up,
+    stamp_payload,
     write_word,
 )
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
@@ -40,14 +41,40 @@ from shmcast._room import room
 from shmcast._segment import STEP, Segment
 from shmcast._tickets import Held, Tickets
 from shmcast._wire import Address, Handle
-from shmcast.errors import ArenaFull, LayoutError
+from shmcast.errors import ArenaFull, ClosedError, LayoutError, ShmcastError
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable, Iterable
 
 MAX_CAPACITY = 2 << 30
 IDLE_POLLS = 600
 LONGEST_PAUSE = 0.1
+
+
+class _Turn:
+    """A lock that its holder cannot take again: a signal handler or `__del__` gets an error, not a deadlock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._inside = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._inside:
+            self._lock.release()
+            raise Reentered(
+                "a signal handler or finalizer called a writer in the middle of another call: call it later"
+            )
+        self._inside = True
+
+    def __exit__(self, *exc: object) -> None:
+        self._inside = False
+        self._lock.release()
+
+
+class Reentered(ShmcastError):
+    """A call from a signal handler or a finalizer that came in the middle of another one of the same thread."""
 
 
 class _Peer:
@@ -80,33 +107,38 @@ class Arena:
         self.address = Address(secrets.token_bytes(TOKEN_BYTES), rank, readers)
         self.capacity = default_capacity() if capacity is None else capacity
         self.clock = clock
-        self._lock = threading.Lock()
+        self._lock = _Turn()
         self._growing = threading.Lock()
         self._stop = threading.Event()
         self._blocks = Blocks()
         self._tickets = Tickets(readers)
         self._expired: SimpleQueue[Block] = SimpleQueue()
+        self._withdrawn: SimpleQueue[Handle] = SimpleQueue()
         self._segments: list[Segment] = []
         self._retired: set[int] = set()
         self._named: list[Segment] = []
         self._control = self._create_control(readers)
         self._seat: Seat | None = None
         self._peers: tuple[_Peer, ...] = ()
+        self._idle: threading.Thread | None = None
+        self._polls = 0
         try:
             self._seat = Seat(self._control.fd, WRITER_BYTE)
-            self._peers = tuple(self._create_peer(i) for i in range(readers))
+            for i in range(readers):
+                self._peers += (self._create_peer(i),)
             self._add_segment(min(self.capacity, STEP))
+            self._watch_names()
         except BaseException:
             self.close()
             raise
-        self._idle = threading.Thread(target=self._unlink_when_mapped, name="shmcast-unlink", daemon=True)
-        self._idle.start()
 
     # Memory.
 
-    def segment(self, number: int) -> Segment:
-        """The segment a block lies in."""
-        return self._segments[number]
+    def mapping(self, block: Block) -> mmap.mmap:
+        """What a block lies in."""
+        with self._lock:
+            self._check_open()
+            return self._segments[block.segment].map
 
     def reserve(self, length: int, wait: float, readers: Iterable[int] = (), opens: int = 0) -> Block:
         """A block of `length` bytes with one claim, once each of `readers` can be given `opens` tickets.
@@ -152,6 +184,9 @@ class Arena:
         """Give each of `readers` `opens` leases on a message that is complete."""
         blocks = (message, *listed)
         with self._lock:
+            self._check_open()
+            for block in blocks[1:]:
+                stamp_payload(self._segments[block.segment].map, block.offset)
             readers = [reader for reader in readers if self._peers[reader].listens]
             base, given = self._tickets.grant(blocks, readers, opens, self.clock())
             for block in blocks:
@@ -163,18 +198,26 @@ class Arena:
         """Take back the leases of `handle` that no reader has opened; nothing happens where none is left."""
         if (handle.token, handle.rank) != (self.address.token, self.address.rank):
             raise LayoutError("a handle of another writer")
-        with self._lock:
-            block = self._blocks.at(handle.where.segment, handle.where.offset)
-            if block is None or block.where != handle.where or not self._tickets.alive(handle.ticket, handle.opens):
-                return
-            # 1. The mark is stored.  2. A full fence.  3. Tickets whose OPENED is in no ring by now are taken back.
-            # A reader posts OPENED, fences, and then looks for the mark: one of us sees the other, so that nobody
-            # reads a block that came free.
-            mark_withdrawn(self._segments[block.segment].map, block.offset)
-            fence()
-            self._drain()
-            for taken in self._tickets.withdrawn(handle.ticket, handle.opens):
-                self._blocks.unclaim(taken)
+        try:
+            with self._lock:
+                self._withdraw(handle)
+        except Reentered:
+            # From a finalizer: noted, and done at the next call.
+            self._withdrawn.put(handle)
+
+    def _withdraw(self, handle: Handle) -> None:
+        if self._stop.is_set():
+            return
+        block = self._blocks.at(handle.where.segment, handle.where.offset)
+        if block is None or block.where != handle.where or not self._tickets.alive(handle.ticket, handle.opens):
+            return
+        # 1. The mark is stored.  2. A full fence.  3. Tickets whose OPENED is in no ring by now are taken back.
+        # A reader posts OPENED, fences, and then looks for the mark: one of us sees the other, so that nobody
+        # reads a block that came free.
+        mark_withdrawn(self._segments[block.segment].map, block.offset)
+        fence()
+        self._read_all()
+        self._unclaim(self._tickets.withdrawn(handle.ticket, handle.opens))
 
     def drain(self) -> None:
         """Read what readers have told, and unlink what all of them have mapped."""
@@ -247,10 +290,12 @@ class Arena:
         return segment
 
     def _create_peer(self, reader: int) -> _Peer:
-        posted, wake = (
-            posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=_segment.MODE, initial_value=0)
-            for name in (self.address.posted(reader), self.address.wake(reader))
-        )
+        posted = posix_ipc.Semaphore(self.address.posted(reader), posix_ipc.O_CREX, mode=_segment.MODE)
+        try:
+            wake = posix_ipc.Semaphore(self.address.wake(reader), posix_ipc.O_CREX, mode=_segment.MODE)
+        except BaseException:
+            posted.close()
+            raise
         base = ring_offset(reader, RING_ENTRIES)
         return _Peer(Inbox(self._control.map, base, RING_ENTRIES, posted), wake)
 
@@ -290,12 +335,14 @@ class Arena:
             for peer in self._peers:
                 with suppress(OSError):
                     peer.wake.release()
+            self._watch_names()
             return "a new segment waits for a reader to map it"
 
     # What readers say. All of these run under the lock.
 
     def _try(self, length: int, readers: tuple[int, ...], opens: int) -> Block | None:
         with self._lock:
+            self._check_open()
             self._drain()
             if not self._tickets.room(readers, opens):
                 return None
@@ -308,6 +355,10 @@ class Arena:
         fence()
         return not is_taken(self._control.fd, reader)
 
+    def _check_open(self) -> None:
+        if self._stop.is_set():
+            raise ClosedError("this writer was closed")
+
     def _room(self, readers: tuple[int, ...], opens: int) -> bool:
         with self._lock:
             return self._tickets.room(readers, opens)
@@ -316,6 +367,12 @@ class Arena:
         with suppress(Empty):
             while True:
                 self._blocks.unclaim(self._expired.get_nowait())
+        with suppress(Empty):
+            while True:
+                self._withdraw(self._withdrawn.get_nowait())
+        self._read_all()
+
+    def _read_all(self) -> None:
         for i, peer in enumerate(self._peers):
             self._read(i, peer)
 
@@ -366,10 +423,18 @@ class Arena:
                 with suppress(posix_ipc.ExistentialError):
                     posix_ipc.unlink_semaphore(name)
 
+    def _watch_names(self) -> None:
+        """Have the idle thread look after the names there are."""
+        self._polls = 0
+        if self._idle is None or not self._idle.is_alive():
+            self._idle = threading.Thread(target=self._unlink_when_mapped, name="shmcast-unlink", daemon=True)
+            self._idle.start()
+
     def _unlink_when_mapped(self) -> None:
         """An idle writer hears its readers too: until no name is left, and not for ever."""
         pause = 1e-3
-        for _ in range(IDLE_POLLS):
+        while self._polls < IDLE_POLLS:
+            self._polls += 1
             if not self._named or self._stop.wait(pause):
                 return
             self.drain()

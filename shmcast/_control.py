@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shmcast._wire import HEADER, Header, parse_header
-from shmcast.errors import LayoutError, ShmcastError
+from shmcast._wire import HEADER, Call, Header, parse_header
+from shmcast.errors import ShmcastError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch.distributed import ProcessGroup, Work
 
-RECORD_BYTES: Final = 2048
+RECORD_BYTES: Final = 8192
 
 
 class ControlBroken(ShmcastError):
@@ -56,15 +56,22 @@ def cpu_group(group: ProcessGroup | None) -> ProcessGroup | None:
 class GroupControl:
     """One rank's end of the plane. `src` is a rank of the group, never a global one. One thread at a time."""
 
-    def __init__(self, group: ProcessGroup, src: int, timeout: float) -> None:
+    def __init__(self, group: ProcessGroup, timeout: float) -> None:
         self._group = group
-        self.src = src
         self._timeout = timedelta(seconds=timeout)
-        self._sequence = 0
+        self._calls = 0
+        self._call = Call.BROADCAST
+        self._plane = 0
+        self.src = 0
         self._busy = threading.Lock()
         self._broken: BaseException | None = None
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
+
+    def settle(self, src: int, plane: int) -> None:
+        """What all ranks agreed on: the entry rank and the number of this plane."""
+        self.src = src
+        self._plane = plane
 
     @property
     def broken(self) -> BaseException | None:
@@ -72,11 +79,18 @@ class GroupControl:
         return self._broken
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """One collective call of the user's. Two at once would swap each other's bytes: an error, not a wait."""
+    def turn(self, call: Call) -> Iterator[None]:
+        """One collective call of the user's. Two at once would swap each other's bytes: an error, not a wait.
+
+        Calls are counted, not headers: a rank that leaves a call without its header is out of step from then on, and
+        the next header tells it so.
+        """
         if not self._busy.acquire(blocking=False):
+            self._calls += 1
             raise ShmcastError("two threads are in collectives of one Broadcaster: give each thread its own group")
         try:
+            self._calls += 1
+            self._call = call
             yield
         finally:
             self._busy.release()
@@ -90,23 +104,20 @@ class GroupControl:
 
     def send(self, header: Header) -> None:
         """Broadcast the header of one message; the entry rank calls it, the others `receive`."""
-        self._broadcast(_tensor(bytes(header._replace(sequence=self._next()))))
+        numbered = header._replace(sequence=self._calls, call=self._call, plane=self._plane)
+        self._broadcast(_tensor(bytes(numbered)))
 
     @property
     def leads(self) -> bool:
         """Whether this is the entry rank."""
         return self.rank == self.src
 
-    def receive(self, *, batch: bool) -> Header:
+    def receive(self) -> Header:
         """The header that the entry rank sends. Anything else in its place breaks the plane."""
         tensor = torch.empty(HEADER.size, dtype=torch.uint8)
         self._broadcast(tensor)
-        sequence = self._next()
         try:
-            header = parse_header(_bytes(tensor), sequence)
-            if header.batch != batch:
-                raise LayoutError(f"a header of a batch: {header.batch}, here {batch}: the ranks made different calls")
-            return header
+            return parse_header(_bytes(tensor), self._calls, self._call, self._plane)
         except ShmcastError as error:
             self._broken = error
             raise ControlBroken(str(error)) from error
@@ -131,10 +142,6 @@ class GroupControl:
         word = torch.tensor([failed], dtype=torch.int32)
         self._finish(lambda: dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
         return bool(word.item())
-
-    def _next(self) -> int:
-        self._sequence += 1
-        return self._sequence
 
     def _broadcast(self, tensor: Tensor) -> None:
         self._finish(lambda: dist.broadcast(tensor, group=self._group, group_src=self.src, async_op=True))

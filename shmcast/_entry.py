@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from shmcast._codec import Allow, Leaves, encode
+from shmcast._codec import Allow, Encoded, Leaves, encode
 from shmcast._control import ControlBroken, GroupControl
-from shmcast._sent import R, Sent, T, attempt, describe, index_of, note
-from shmcast._wire import HeaderRoute, Reason
+from shmcast._sent import R, Sent, T, attempt, describe, index_of, note, walk
+from shmcast._wire import Handle, HeaderRoute, Reason
 from shmcast.errors import ArenaFull, MaterializeError, PeerDied, ShmcastError
 from shmcast.policy import Policy, Route
 from shmcast.transport import Writer, pack_inline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from shmcast.metrics import Counters
 
 
 class _Made(NamedTuple):
-    """What came of one request on this rank, and how it is sent."""
+    """What came of one request on this rank, and how it is sent. `again`: every rank runs `fn` itself, this one too."""
 
     obj: object
-    error: BaseException | None
+    error: Exception | None
     sent: Sent
+    again: bool = False
 
 
 class Entry:
@@ -39,14 +41,16 @@ class Entry:
         self._counters = counters
         # Whether a rank may run `fn` itself.
         self._heals = policy.peers_hold_raw and not policy.agree
+        self._owing = False
 
     def broadcast(self, obj: T) -> T:
         """`obj` to every rank."""
         if self._control.broken is not None:
             raise self._gone()
-        made = self._send(obj, None, heals=False)
         try:
-            self._announce([made.sent], made.sent)
+            with self._owing_a_header():
+                made = self._send(obj, None, heals=False)
+                self._announce([made.sent], made.sent)
             if made.error is not None:
                 raise made.error
             self._agree(made.sent, lambda: self._inline(obj))
@@ -57,57 +61,55 @@ class Entry:
     def materialize(self, raw: R, fn: Callable[[R], T]) -> T:
         """`fn(raw)` here, its result to every rank."""
         if self._control.broken is not None:
-            return fn(raw)
-        leaves = Leaves.walk(raw) if self._policy.peers_hold_raw else None
-        local = self._local([leaves])
-        made = _Made(None, None, local) if local else self._make(raw, fn, leaves)
+            return self._alone(lambda: fn(raw))
         try:
-            self._announce([made.sent], made.sent)
-            if made.sent.route is HeaderRoute.LOCAL and (local or made.error is not None):
+            with self._owing_a_header():
+                leaves = walk(raw) if self._policy.peers_hold_raw else None
+                made = self._local([leaves]) or self._make(raw, fn, leaves)
+                self._announce([made.sent], made.sent)
+            if made.again:
                 return fn(raw)
             if made.error is not None:
                 raise self._failure(made.error)
             self._agree(made.sent, lambda: self._inline(made.obj))
         except ControlBroken as broken:
-            self._lost(broken)
-            if made.error is not None and not isinstance(made.error, Exception):
-                raise made.error from None
-            if made.error is not None or local:
-                return fn(raw)
-        return made.obj  # type: ignore[return-value]
+            note(self._counters, Reason.CONTROL, broken)
+            return self._alone(lambda: cast("T", made.obj) if made.error is None and not made.again else fn(raw))
+        return cast("T", made.obj)
 
     def materialize_batch(self, raws: Sequence[R], fn: Callable[[R], T]) -> list[T | Exception]:
         """`fn` of each here, the results to every rank under one header."""
         if self._control.broken is not None:
-            return [attempt(fn, raw) for raw in raws]
-        leaves = [Leaves.walk(raw) if self._policy.peers_hold_raw else None for raw in raws]
-        local = self._local(leaves)
-        if local:
-            made = [_Made(None, None, local) for _ in raws]
-            index = local
-        else:
-            made, index = self._make_batch(raws, fn, leaves)
+            return self._alone(lambda: [attempt(fn, raw) for raw in raws])
+        made: list[_Made] = []
         try:
-            self._announce([m.sent for m in made], index, batch=True)
+            with self._owing_a_header(made):
+                leaves = [walk(raw) if self._policy.peers_hold_raw else None for raw in raws]
+                local = self._local(leaves)
+                if local is None:
+                    made.extend(self._make(raw, fn, mine) for raw, mine in zip(raws, leaves, strict=True))
+                    index = self._send_index([m.sent for m in made])
+                else:
+                    made.extend(local for _ in raws)
+                    index = local.sent
+                self._announce([m.sent for m in made], index)
             self._agree(index, lambda: self._inline_batch(made))
         except ControlBroken as broken:
-            self._lost(broken)
-        again = HeaderRoute.LOCAL
-        return [
-            attempt(fn, raw) if m.sent.route is again and (local or m.error is not None) else self._result(m)
-            for raw, m in zip(raws, made, strict=True)
-        ]
+            note(self._counters, Reason.CONTROL, broken)
+            self._alone(lambda: None)
+        return [attempt(fn, raw) if m.again else self._result(m) for raw, m in zip(raws, made, strict=True)]
 
     # Making and sending.
 
-    def _local(self, leaves: list[Leaves | None]) -> Sent | None:
+    def _local(self, leaves: list[Leaves | None]) -> _Made | None:
         """Whether every rank is to run `fn` itself, which only raw inputs decide."""
-        if not self._heals:
+        route = self._policy.route
+        if not self._heals or route not in (Route.AUTO, Route.LOCAL):
             return None
-        if self._policy.route is Route.LOCAL:
-            return Sent(HeaderRoute.LOCAL)
+        if route is Route.LOCAL:
+            return _Made(None, None, Sent(HeaderRoute.LOCAL), again=True)
         if sum(each.nbytes for each in leaves if each is not None) < self._policy.threshold:
-            return Sent(HeaderRoute.LOCAL, Reason.THRESHOLD)
+            return _Made(None, None, Sent(HeaderRoute.LOCAL, Reason.THRESHOLD), again=True)
         return None
 
     def _make(self, raw: R, fn: Callable[[R], T], leaves: Leaves | None) -> _Made:
@@ -115,22 +117,8 @@ class Entry:
             obj = fn(raw)
         except Exception as error:
             route = HeaderRoute.LOCAL if self._heals else HeaderRoute.NONE
-            return _Made(None, error, Sent(route, Reason.RAISED, text=describe(error)))
-        except BaseException as error:
-            # Not a bad request but the end of this call (Ctrl-C): the others must hear of it all the same.
-            return _Made(None, error, Sent(HeaderRoute.NONE, Reason.RAISED, text=describe(error)))
+            return _Made(None, error, Sent(route, Reason.RAISED, text=describe(error)), again=self._heals)
         return self._send(obj, leaves, heals=self._heals)
-
-    def _make_batch(
-        self, raws: Sequence[R], fn: Callable[[R], T], leaves: list[Leaves | None]
-    ) -> tuple[list[_Made], Sent]:
-        made = []
-        for raw, mine in zip(raws, leaves, strict=True):
-            made.append(self._make(raw, fn, mine))
-            error = made[-1].error
-            if error is not None and not isinstance(error, Exception):
-                return made, made[-1].sent
-        return made, self._send_index([m.sent for m in made])
 
     def _send_index(self, sents: list[Sent]) -> Sent:
         index = index_of(sents)
@@ -147,22 +135,30 @@ class Entry:
         try:
             encoded = encode(obj, self._allow, leaves, self._policy.fn_keeps_leaves)
             size = encoded.nbytes
-            small = size + len(encoded.stream) <= self._policy.inline_max
-            if self._writer is None or small or self._policy.route is Route.INLINE:
+            if self._goes_inline(size + len(encoded.stream)):
                 reason = Reason.DISABLED if self._writer is None else Reason.CHOSEN
                 return _Made(obj, None, Sent(HeaderRoute.INLINE, reason, inline=pack_inline(encoded), size=size))
             try:
-                return _Made(obj, None, Sent(HeaderRoute.SHM, handle=self._writer.put(encoded), size=size))
+                return _Made(obj, None, Sent(HeaderRoute.SHM, handle=self._put(encoded), size=size))
             except (ArenaFull, OSError) as error:
                 text = describe(error)
-                if heals:
-                    return _Made(obj, None, Sent(HeaderRoute.LOCAL, Reason.FULL, text=text))
-                return _Made(
-                    obj, None, Sent(HeaderRoute.INLINE, Reason.FULL, inline=pack_inline(encoded), text=text, size=size)
-                )
+            if heals:
+                return _Made(obj, None, Sent(HeaderRoute.LOCAL, Reason.FULL, text=text))
+            inline = pack_inline(encoded)
+            return _Made(obj, None, Sent(HeaderRoute.INLINE, Reason.FULL, inline=inline, text=text, size=size))
         except Exception as error:
             # Whatever it is, the others wait for a header.
             return _Made(obj, None if heals else error, Sent(otherwise, Reason.ENCODE, text=describe(error)))
+
+    def _goes_inline(self, size: int) -> bool:
+        if self._writer is None or self._policy.route is Route.INLINE:
+            return True
+        return self._policy.route is Route.AUTO and size <= self._policy.inline_max
+
+    def _put(self, encoded: Encoded) -> Handle:
+        if self._writer is None:
+            raise ArenaFull("no shared memory in this group")
+        return self._writer.put(encoded)
 
     def _inline(self, obj: object, reason: Reason = Reason.OPEN) -> Sent:
         try:
@@ -176,24 +172,38 @@ class Entry:
 
     # Saying so.
 
-    def _announce(self, sents: Sequence[Sent], sent: Sent, *, batch: bool = False) -> None:
+    @contextmanager
+    def _owing_a_header(self, made: Sequence[_Made] = ()) -> Iterator[None]:
+        """Whatever ends this before the header was sent (Ctrl-C in `fn`), the others hear of it; then it goes on up."""
+        self._owing = True
+        try:
+            yield
+        except BaseException as error:
+            self._withdraw(m.sent for m in made)
+            if self._owing and self._control.broken is None:
+                with suppress(ControlBroken):
+                    self._announce([], Sent(HeaderRoute.NONE, Reason.RAISED, text=describe(error)))
+            raise
+
+    def _announce(self, sents: Sequence[Sent], sent: Sent) -> None:
         """The header, and what it promises. `sents`: what it speaks of, taken back if it cannot be said."""
         try:
-            self._control.send(sent.header(batch=batch))
+            self._owing = False
+            self._control.send(sent.header())
             if sent.inline is not None:
                 self._control.send_tensor(sent.inline)
         except BaseException:
-            for each in {*(s.handle for s in sents), sent.handle}:
-                if each is not None and self._writer is not None:
-                    self._writer.withdraw(each)
+            self._withdraw((*sents, sent))
             raise
-        for each_sent in sents:
-            self._count(each_sent)
+        for each in sents:
+            self._counters.message(each.route.name.lower(), each.size)
+            if each.reason not in (Reason.CHOSEN, Reason.THRESHOLD):
+                note(self._counters, each.reason, each.text or "no shared memory in this group")
 
-    def _count(self, sent: Sent) -> None:
-        self._counters.message(sent.route.name.lower(), sent.size)
-        if sent.reason not in (Reason.CHOSEN, Reason.THRESHOLD):
-            note(self._counters, sent.reason, sent.text or "no shared memory in this group")
+    def _withdraw(self, sents: Iterable[Sent]) -> None:
+        for sent in sents:
+            if sent.handle is not None and self._writer is not None:
+                self._writer.withdraw(sent.handle)
 
     def _agree(self, sent: Sent, again: Callable[[], Sent]) -> None:
         """Where the policy asks for it: all ranks have it, or get it inline, or fail alike."""
@@ -208,23 +218,21 @@ class Entry:
             if sent.route is HeaderRoute.NONE:
                 raise MaterializeError(f"a rank could not open the message, and it cannot be sent inline: {sent.text}")
 
-    def _failure(self, error: BaseException) -> BaseException:
-        if self._policy.agree and isinstance(error, Exception):
-            failure = MaterializeError(f"fn raised on the entry rank: {describe(error)}")
-            failure.__cause__ = error
-            return failure
-        return error
+    def _failure(self, error: Exception) -> Exception:
+        if not self._policy.agree:
+            return error
+        failure = MaterializeError(f"fn raised on the entry rank: {describe(error)}")
+        failure.__cause__ = error
+        return failure
 
-    def _result(self, made: _Made) -> Any:
-        if made.error is not None and not isinstance(made.error, Exception):
-            raise made.error
+    def _result(self, made: _Made) -> Any:  # what fn returned, or the exception in its place
         return made.obj if made.error is None else self._failure(made.error)
 
-    def _lost(self, broken: ControlBroken) -> None:
-        """This rank has its object; with `agree` it must not go on alone."""
-        note(self._counters, Reason.CONTROL, broken)
+    def _alone(self, run: Callable[[], T]) -> T:
+        """The control plane is over. This rank has its raw inputs; but with `agree` none goes on alone."""
         if self._policy.agree:
-            raise self._gone() from broken
+            raise self._gone() from self._control.broken
+        return run()
 
     def _gone(self) -> ShmcastError:
         lives = self._writer.settle() if self._writer is not None else ()

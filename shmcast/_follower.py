@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from shmcast._codec import Allow, Leaves
 from shmcast._control import ControlBroken, GroupControl
-from shmcast._sent import R, Sent, T, attempt, note, parse_index
+from shmcast._sent import R, Sent, T, attempt, note, parse_index, walk
 from shmcast._wire import HeaderRoute, Reason
 from shmcast.errors import MaterializeError, PeerDied, ShmcastError
 from shmcast.transport import Reader, unpack_inline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from shmcast._codec import Allow, Leaves
     from shmcast.metrics import Counters
     from shmcast.policy import Policy
 
@@ -31,14 +32,15 @@ class Follower:
         self._counters = counters
         # Whether this rank may run `fn` itself.
         self._heals = policy.peers_hold_raw and not policy.agree
+        self._writer_lived: bool | None = None
 
     def broadcast(self) -> object:
         """The entry rank's object."""
         try:
-            sent = self._receive(batch=False)
+            sent = self._receive()
             if sent.route is HeaderRoute.NONE:
                 raise MaterializeError(f"the entry rank could not send its object: {sent.text}")
-            return self._agreed(sent, lambda s: self._take(s, None), batch=False)
+            return self._agreed(sent, lambda s: self._take(s, None))
         except ControlBroken as broken:
             raise self._gone(broken) from broken
 
@@ -46,7 +48,7 @@ class Follower:
         """The entry rank's `fn(raw)`, or this rank's own where that is what all agreed on, or what heals."""
         leaves = self._walk(raw)
         try:
-            sent = self._receive(batch=False)
+            sent = self._receive()
             return self._resolve(sent, raw, fn, leaves)
         except ControlBroken as broken:
             return self._by_itself(broken, lambda: fn(raw))
@@ -56,7 +58,7 @@ class Follower:
         mine = list(raws) if raws is not None and self._policy.peers_hold_raw else None
         leaves = [self._walk(raw) for raw in mine or ()]
         try:
-            sent = self._receive(batch=True)
+            sent = self._receive()
             return self._resolve_batch(sent, mine, fn, leaves)
         except ControlBroken as broken:
             return self._by_itself(broken, lambda: [attempt(fn, raw) for raw in mine or ()])
@@ -65,10 +67,10 @@ class Follower:
 
     def _walk(self, raw: object) -> Leaves | None:
         """Before the header comes: while the entry rank runs `fn`, this rank has nothing else to do."""
-        return Leaves.walk(raw) if self._policy.peers_hold_raw else None
+        return walk(raw) if self._policy.peers_hold_raw else None
 
-    def _receive(self, *, batch: bool) -> Sent:
-        header = self._control.receive(batch=batch)
+    def _receive(self) -> Sent:
+        header = self._control.receive()
         inline = self._control.receive_tensor(header.length) if header.route is HeaderRoute.INLINE else None
         if header.reason not in (Reason.CHOSEN, Reason.THRESHOLD):
             note(
@@ -83,7 +85,7 @@ class Follower:
         if sent.route is HeaderRoute.NONE:
             raise MaterializeError(f"fn raised on the entry rank: {sent.text}")
         if not self._heals:
-            agreed: T = self._agreed(sent, lambda s: self._take(s, leaves), batch=False)
+            agreed: T = self._agreed(sent, lambda s: self._take(s, leaves))
             return agreed
         try:
             taken: T = self._take(sent, leaves)
@@ -102,20 +104,23 @@ class Follower:
             raise MaterializeError(f"the batch ended on the entry rank: {sent.text}")
         count = None if raws is None else len(raws)
         if not self._heals:
-            return self._agreed(sent, lambda s: self._take_batch(s, count, leaves), batch=True)
+            return self._agreed(sent, lambda s: self._take_batch(s, count, leaves))
         try:
             entries = self._take_index(sent, count)
         except Exception as error:
             note(self._counters, Reason.OPEN, error)
             return [attempt(fn, raw) for raw in raws or ()]
-        return [
-            attempt(lambda request: self._resolve(request[0], request[1], fn, request[2]), request)
-            for request in zip(entries, raws or (), leaves, strict=True)
-        ]
+        with self._giving_back(entries):
+            return [
+                attempt(lambda request: self._resolve(request[0], request[1], fn, request[2]), request)
+                for request in zip(entries, raws or (), leaves, strict=True)
+            ]
 
     # Taking.
 
-    def _take(self, sent: Sent, leaves: Leaves | None) -> Any:  # what the entry rank's fn returns
+    def _take(
+        self, sent: Sent, leaves: Leaves | None, *, count: bool = True
+    ) -> Any:  # what the entry rank's fn returns
         """The object that was sent; whatever goes wrong, the leases on it are given back."""
         if sent.route is HeaderRoute.INLINE and sent.inline is not None:
             obj, size = unpack_inline(sent.inline, self._allow, leaves), sent.inline.numel()
@@ -127,12 +132,13 @@ class Follower:
                 raise
         else:
             raise MaterializeError(f"the entry rank sent by {sent.route.name.lower()} what this rank cannot take")
-        self._counters.message(sent.route.name.lower(), size)
+        if count:
+            self._counters.message(sent.route.name.lower(), size)
         return obj
 
     def _take_index(self, sent: Sent, count: int | None) -> list[Sent]:
         try:
-            return parse_index(self._take(sent, None), count)
+            return parse_index(self._take(sent, None, count=False), count)
         except BaseException:
             # The handles in it are not known, nor ever will be.
             if sent.handle is not None and self._reader is not None:
@@ -142,14 +148,26 @@ class Follower:
     def _take_batch(self, sent: Sent, count: int | None, leaves: Sequence[Leaves | None]) -> list[Any]:
         entries = self._take_index(sent, count)
         known = leaves or [None] * len(entries)
-        return [
-            MaterializeError(f"fn raised on the entry rank: {entry.text}")
-            if entry.route is HeaderRoute.NONE
-            else self._take(entry, mine)
-            for entry, mine in zip(entries, known, strict=True)
-        ]
+        with self._giving_back(entries):
+            return [
+                MaterializeError(f"fn raised on the entry rank: {entry.text}")
+                if entry.route is HeaderRoute.NONE
+                else self._take(entry, mine)
+                for entry, mine in zip(entries, known, strict=True)
+            ]
 
-    def _agreed(self, sent: Sent, take: Callable[[Sent], T], *, batch: bool) -> T:
+    @contextmanager
+    def _giving_back(self, entries: list[Sent]) -> Iterator[None]:
+        """If this does not come to its end, what of a batch was not opened is given back."""
+        try:
+            yield
+        except BaseException:
+            for entry in entries:
+                if entry.handle is not None and self._reader is not None:
+                    self._reader.discard(entry.handle)
+            raise
+
+    def _agreed(self, sent: Sent, take: Callable[[Sent], T]) -> T:
         """What `take` gives; where the policy asks for it, only if every rank got it, else from inline bytes."""
         if not self._policy.agree:
             return take(sent)
@@ -160,7 +178,7 @@ class Follower:
             cause = got if isinstance(got, Exception) else None
             if sent.route is HeaderRoute.INLINE and sent.reason is Reason.OPEN:
                 raise MaterializeError("a rank could not rebuild the object, not even from inline bytes") from cause
-            sent = self._receive(batch=batch)
+            sent = self._receive()
             if sent.route is HeaderRoute.NONE:
                 raise MaterializeError(f"a rank could not open the message: {sent.text}") from cause
 
@@ -179,8 +197,10 @@ class Follower:
             self._reader.close()
 
     def _gone(self, broken: ControlBroken) -> ShmcastError:
-        lives = self._reader is None or self._reader.writer_lives
+        # Asked once, before the reader is closed: later it could not tell.
+        if self._writer_lived is None:
+            self._writer_lived = self._reader is None or self._reader.writer_lives
         self._leave()
-        if not lives:
+        if not self._writer_lived:
             return PeerDied(f"rank {self._control.src} of the group, the entry rank, is gone: {broken}")
         return ShmcastError(f"the control plane failed on rank {self._control.rank}: {broken}")

@@ -29,7 +29,10 @@ class Offer:
     Attributes:
         settings: digest of everything that must be equal on all ranks.
         shown: those settings, shortened, for a person.
+        src: the entry rank, as this rank was told.
+        plane: a random number; rank 0's names the control plane.
         holds_raw: this rank passes its own raw inputs.
+        agree: this rank wants every rank to agree on each message.
         disabled: its environment forbids shared memory.
         address: of the writer, in hexadecimal, from the entry rank.
         trouble: why it cannot use shared memory.
@@ -38,7 +41,10 @@ class Offer:
 
     settings: str = ""
     shown: str = ""
+    src: int = 0
+    plane: int = 0
     holds_raw: bool = False
+    agree: bool = False
     disabled: bool = False
     address: str = ""
     trouble: str = ""
@@ -46,7 +52,7 @@ class Offer:
 
     def __bytes__(self) -> bytes:
         cut = {name: value[:TEXT] if isinstance(value, str) else value for name, value in asdict(self).items()}
-        return json.dumps(cut, ensure_ascii=True).encode()
+        return json.dumps(cut, ensure_ascii=False).encode("utf-8", "replace")
 
     @classmethod
     def parse(cls, raw: bytes) -> Offer:
@@ -62,10 +68,17 @@ class Offer:
 
 
 class Verdict(NamedTuple):
-    """What all ranks concluded: the route of this group, and what kept it off `shm` (empty where nothing did)."""
+    """What all ranks concluded, from the same offers: where they differ, what makes no rank wait for another.
+
+    `why`: what kept the group off `shm`, empty where nothing did.
+    """
 
     route: Route
     why: str
+    src: int
+    plane: int
+    holds_raw: bool
+    agree: bool
 
 
 def settings_of(src: int, policy: Policy, allow: Sequence[type | str]) -> tuple[str, str]:
@@ -76,7 +89,7 @@ def settings_of(src: int, policy: Policy, allow: Sequence[type | str]) -> tuple[
     return hashlib.sha256(shown.encode()).hexdigest(), shown
 
 
-def join(control: GroupControl, offer: Offer, src: int, agree: bool, attach: Callable[[str], str]) -> Verdict:
+def join(control: GroupControl, offer: Offer, attach: Callable[[int, str], str]) -> Verdict:
     """Exchange offers, then let `attach` map the entry rank's segments; it returns what went wrong, or nothing.
 
     Raises `ShmcastError` where another rank's arguments are wrong.
@@ -87,12 +100,14 @@ def join(control: GroupControl, offer: Offer, src: int, agree: bool, attach: Cal
             raise ShmcastError(f"rank {rank} was made with wrong arguments: {other.wrong}")
     why = _difference(offers)
     if not why:
-        trouble = attach(offers[src].address)
-        troubles = [raw.decode("utf-8", "replace") for raw in control.exchange(trouble[:TEXT].encode())]
+        trouble = attach(offers[0].src, offers[offers[0].src].address)
+        troubles = [
+            raw.decode("utf-8", "replace") for raw in control.exchange(trouble[:TEXT].encode("utf-8", "replace"))
+        ]
         why = next((f"rank {rank} cannot map: {text}" for rank, text in enumerate(troubles) if text), "")
-    if not why:
-        return Verdict(Route.SHM, "")
-    return Verdict(Route.LOCAL if all(o.holds_raw for o in offers) and not agree else Route.INLINE, why)
+    holds_raw, agree = all(o.holds_raw for o in offers), any(o.agree for o in offers)
+    otherwise = Route.LOCAL if holds_raw and not agree else Route.INLINE
+    return Verdict(otherwise if why else Route.SHM, why, offers[0].src, offers[0].plane, holds_raw, agree)
 
 
 def _difference(offers: list[Offer]) -> str:

@@ -36,10 +36,10 @@ Block: whole pages of an arena segment, at a page boundary (L2).
          8     8  generation  writer: never used twice in an arena (L3)
         16     8  length      writer: bytes in use, this header included
         24     4  kind        writer: 1 message, 2 payload, 3 withdrawn (L4)
-        28     4  reserved
+        28     4  stamp       writer: counts the messages that list this payload block
         32     8  skeleton    writer: bytes of the skeleton that follows this header; 0 in a payload block
         40    20  reserved
-        60     4  checksum    writer: CRC-32 of bytes 0 to 59 and of the skeleton
+        60     4  checksum    writer: CRC-32 of bytes 0 to 23 and 32 to 59, and of the skeleton
 
 Skeleton: a table, then the codec's stream.
 
@@ -91,7 +91,7 @@ BLOCK_MAGIC: Final = b"SHMBLOCK"
 SEGMENT: Final = struct.Struct("<8sII16sIIQIII4x")
 RING_HEAD: Final = struct.Struct("<I60x")
 ENTRY: Final = struct.Struct("<QII")
-BLOCK: Final = struct.Struct("<8sQQI4xQ20xI")
+BLOCK: Final = struct.Struct("<8sQQIIQ20xI")
 TABLE: Final = struct.Struct("<IIQ")
 LISTED: Final = struct.Struct("<I4xQQQ")
 PIECE: Final = struct.Struct("<I4xQQ")
@@ -99,6 +99,12 @@ WORD: Final = struct.Struct("<I")
 
 SEGMENTS_OFFSET: Final = 56
 KIND_OFFSET: Final = 24
+STAMP_OFFSET: Final = 28
+STAMP_END: Final = 32
+
+
+class Damaged(LayoutError):
+    """Bytes of a segment that its writer cannot have written: the segment is not to be used any more."""
 
 
 class Stale(LayoutError):
@@ -323,23 +329,34 @@ def write_block(
     base: int = 0,
 ) -> None:
     """Write a block header over `skeleton`, which is already behind it."""
-    head = BLOCK.pack(BLOCK_MAGIC, generation, length, kind, len(skeleton), 0)[:-4]
-    crc = zlib.crc32(skeleton, zlib.crc32(head))
-    block[base : base + BLOCK.size] = head + WORD.pack(crc)
+    head = BLOCK.pack(BLOCK_MAGIC, generation, length, kind, 0, len(skeleton), 0)
+    block[base : base + BLOCK.size] = head[: -WORD.size] + WORD.pack(_block_checksum(head, skeleton))
+
+
+def _block_checksum(head: Bytes, skeleton: bytes) -> int:
+    """Leaves out kind and stamp, which change while the block is in use."""
+    crc = zlib.crc32(bytes(head[:KIND_OFFSET]) + bytes(head[STAMP_END : BLOCK.size - WORD.size]))
+    return zlib.crc32(skeleton, crc)
 
 
 def mark_withdrawn(block: mmap.mmap | bytearray | memoryview, base: int = 0) -> None:
-    """Nobody may open this use of the block any more (L4): one aligned store; the checksum no longer fits."""
+    """Nobody may open this use of the block any more (L4): one aligned store."""
     write_word(block, base + KIND_OFFSET, BlockKind.WITHDRAWN)
+
+
+def stamp_payload(block: mmap.mmap | bytearray | memoryview, base: int = 0) -> None:
+    """One more message lists this block: a reader whose copy of the header is older drops all its copies."""
+    (stamp,) = WORD.unpack_from(block, base + STAMP_OFFSET)
+    write_word(block, base + STAMP_OFFSET, (stamp + 1) & 0xFFFFFFFF)
 
 
 def check_block(head: Bytes, generation: int, length: int) -> None:
     """Raise unless `head` starts with the header of this use of a block: `Stale` in another use, else `LayoutError`."""
     if len(head) < BLOCK.size:
         raise LayoutError(f"{len(head)} bytes cannot hold a block header of {BLOCK.size}")
-    magic, found, found_length, kind, size, _ = BLOCK.unpack_from(head)
+    magic, found, found_length, kind, _, size, _ = BLOCK.unpack_from(head)
     if magic != BLOCK_MAGIC:
-        raise LayoutError(f"no block here: its magic is {magic!r}")
+        raise Damaged(f"no block here: its magic is {magic!r}")
     if found != generation:
         raise Stale(f"the block is at generation {found}, not {generation}")
     if kind == BlockKind.WITHDRAWN:
@@ -351,12 +368,12 @@ def check_block(head: Bytes, generation: int, length: int) -> None:
 def parse_block(block: Bytes, generation: int, kind: BlockKind) -> bytes:
     """A private copy of the skeleton of the block that fills `block`, after checking that it is this use of it."""
     check_block(block, generation, len(block))
-    found_kind, size, crc = BLOCK.unpack_from(block)[3:]
+    found_kind, _, size, crc = BLOCK.unpack_from(block)[3:]
     if found_kind != kind:
         raise LayoutError(f"the block is of kind {found_kind}, not {kind}")
     skeleton = bytes(block[BLOCK.size : BLOCK.size + size])
-    if len(skeleton) != size or crc != zlib.crc32(skeleton, zlib.crc32(bytes(block[: BLOCK.size - 4]))):
-        raise LayoutError("the checksum of the block does not fit its header and skeleton")
+    if len(skeleton) != size or crc != _block_checksum(block[: BLOCK.size], skeleton):
+        raise Damaged("the checksum of the block does not fit its header and skeleton")
     return skeleton
 
 

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakSet, finalize
@@ -33,6 +33,7 @@ from shmcast._layout import (
     SEGMENTS_OFFSET,
     WORD,
     BlockKind,
+    Damaged,
     Descriptor,
     EntryKind,
     Kind,
@@ -48,10 +49,11 @@ from shmcast._layout import (
 from shmcast._pages import MADV_POPULATE_READ, PrivatePages, populate
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._ring import Outbox, acquire_all, fence, wait
-from shmcast.errors import ClosedError, LayoutError, ShmcastError, StaleHandle
+from shmcast.errors import ClosedError, LayoutError, PeerDied, ShmcastError, StaleHandle
 
 if TYPE_CHECKING:
     import mmap
+    from collections.abc import Callable
 
     from shmcast._segment import Isolation, Segment
     from shmcast._wire import Address, Handle
@@ -72,21 +74,32 @@ class _Place(NamedTuple):
 
 
 class Lease:
-    """One opened ticket. Over when as many ends were seen as it has exporters, and one more for the decode."""
+    """One opened ticket. Over when as many ends were seen as it has exporters, and one more for the decode.
+
+    `Hold` is the decode's: exporters are made only while it lives.
+    """
 
     def __init__(self, ticket: int) -> None:
         self.ticket = ticket
         self.shared: list[Descriptor] = []
         self.places: dict[Descriptor, _Place] = {}
         self.exporters = 0
-        self.decoded = False
         self.ends = 0
 
 
-class Opened(NamedTuple):
-    """A message that is safe to decode: the lease goes to `Leases.decoded` in any case."""
+class Hold:
+    """What keeps a lease while its message is decoded: until `end`, or until it is dropped by whatever was raised."""
 
-    lease: Lease
+    def __init__(self, lease: Lease, end: Callable[[Lease], None]) -> None:
+        self.lease = lease
+        self.end = finalize(self, end, lease)
+        self.end.atexit = False
+
+
+class Opened(NamedTuple):
+    """A message that is safe to decode as long as `hold` is not ended."""
+
+    hold: Hold
     stream: bytes
     pieces: tuple[Tensor, ...]
 
@@ -108,23 +121,24 @@ class Leases:
         self._closing = False
         self.index = index
         self.inherited = False
-        ring = self._take_index()
-        try:
-            self._posted = posix_ipc.Semaphore(address.posted(index))
-            self._wake = posix_ipc.Semaphore(address.wake(index))
-            self._outbox = Outbox(ring.map, ring.header.entries, self._posted)
-            self._ring = ring
+        with ExitStack() as undo:
+            self._ring = self._take_index()
+            undo.callback(self._ring.drop)
+            self._seat = self._take_seat()
+            undo.callback(self._seat.release)
+            self._posted = _open_semaphore(address.posted(index))
+            undo.callback(self._posted.close)
+            self._wake = _open_semaphore(address.wake(index))
+            undo.callback(self._wake.close)
+            self._outbox = Outbox(self._ring.map, self._ring.header.entries, self._posted)
             self._pages = PrivatePages()
+            undo.callback(self._pages.close)
+            undo.callback(self._drop_segments)
             self._map_new(first=True)
-        except BaseException:
-            self._seat.release()
-            for segment in (ring, *self._segments):
-                if segment is not None:
-                    segment.drop()
-            raise
-        _live.add(self)
-        self._thread = threading.Thread(target=self._serve, name=f"shmcast-reader-{index}", daemon=True)
-        self._thread.start()
+            thread = threading.Thread(target=self._serve, name=f"shmcast-reader-{index}", daemon=True)
+            _live.add(self)
+            thread.start()
+            self._undo = undo.pop_all()
 
     # Opening.
 
@@ -133,8 +147,9 @@ class Leases:
 
         Raises `StaleHandle`, `LayoutError` for bytes that are not what they claim, `ClosedError`.
         """
-        lease = self._take(handle)
+        hold = self._take(handle)
         try:
+            lease = hold.lease
             # The writer finds our OPENED, or we find its mark (withdraw).
             fence()
             message = parse_message(self._view(handle.where, lease), handle.where.generation)
@@ -142,20 +157,17 @@ class Leases:
                 parse_block(self._view(listed, lease), listed.generation, BlockKind.PAYLOAD)
             places = [lease.places[where] for where in (handle.where, *message.blocks)]
             pieces = tuple(self._tensor(places[at], offset, length, lease) for at, offset, length in message.pieces)
-            return Opened(lease, message.stream, pieces)
+            return Opened(hold, message.stream, pieces)
         except BaseException as error:
-            self.decoded(lease)
+            hold.end()
+            self._report(error, handle.where)
             if isinstance(error, Stale):
                 raise StaleHandle(f"{handle.where}: {error}") from None
             raise
 
-    def decoded(self, lease: Lease) -> None:
-        """The decode is over, well or not: from here on only exporters hold the lease."""
-        lease.decoded = True
-        self._end(lease)
-
     def discard(self, handle: Handle) -> None:
         """Give back every lease on `handle` that this reader has not opened."""
+        self._check_inherited()
         with suppress(StaleHandle), self._lock:
             self._look(handle)
             while True:
@@ -163,8 +175,10 @@ class Leases:
 
     def discard_below(self, handle: Handle) -> None:
         """Give back every lease granted up to `handle` and not opened, whatever they are."""
+        self._check_inherited()
         below = handle.ticket_of(self._address.readers, 0)
         with self._lock:
+            self._check_open()
             self._floor = max(self._floor, below)
             self._post_later(EntryKind.DISCARDED, below)
 
@@ -174,12 +188,12 @@ class Leases:
 
     def held(self) -> int:
         """How many leases this reader holds."""
+        self._check_inherited()
         with self._lock:
             return len(self._held)
 
     def close(self) -> None:
         """Open nothing more, give back what was not opened; what is held stays valid and is given back when it ends."""
-        # A forked child takes no lock: a thread that is not here may have held it.
         if self.inherited:
             return
         with self._lock:
@@ -189,27 +203,25 @@ class Leases:
 
     # Finding bytes.
 
-    def _take(self, handle: Handle) -> Lease:
+    def _take(self, handle: Handle) -> Hold:
         """Take the next lease on `handle` and say so.
 
         All under the lock: an OPENED that came after the DISCARDED of `close` would name a ticket that the writer has
         taken back by then.
         """
-        if self.inherited:
-            raise ClosedError(f"reader {self.index} belongs to the process that this one was forked from")
+        self._check_inherited()
         with self._lock:
             self._look(handle)
             lease = Lease(self._next_ticket(handle))
-            if not self._outbox.post(EntryKind.OPENED, lease.ticket):
-                self._post_later(EntryKind.RELEASED, lease.ticket)
-                raise ShmcastError(f"reader {self.index}: its writer has not looked at {RING_ENTRIES - 1} entries")
             self._held.add(lease)
-            return lease
+            hold = Hold(lease, self._end)
+            if not self._outbox.post(EntryKind.OPENED, lease.ticket):
+                raise ShmcastError(f"reader {self.index}: its writer has not looked at {RING_ENTRIES - 1} entries")
+            return hold
 
     def _look(self, handle: Handle) -> None:
         """A handle that is stale already must cost no entry in the ring (L7): look before the ticket is taken."""
-        if self._closing:
-            raise ClosedError(f"reader {self.index} was closed")
+        self._check_open()
         if handle.token != self._address.token or handle.rank != self._address.rank:
             raise LayoutError("a handle of another writer")
         self._head(handle.where)
@@ -221,7 +233,25 @@ class Leases:
             check_block(head, where.generation, where.length)
         except Stale as error:
             raise StaleHandle(f"{where}: {error}") from None
+        except Damaged as error:
+            self._report(error, where)
+            raise
         return head
+
+    def _report(self, error: BaseException, where: Descriptor) -> None:
+        """Tell the writer of a segment that holds what it cannot have written."""
+        if isinstance(error, Damaged):
+            with self._lock:
+                self._post_later(EntryKind.BAD, where.segment)
+
+    def _check_inherited(self) -> None:
+        """A forked child takes no lock: a thread that is not here may have held it."""
+        if self.inherited:
+            raise ClosedError(f"reader {self.index} belongs to the process that this one was forked from")
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ClosedError(f"reader {self.index} was closed")
 
     def _next_ticket(self, handle: Handle) -> int:
         if not handle.readers >> self.index & 1:
@@ -284,7 +314,8 @@ class Leases:
         """One holder of the lease is gone. Runs in finalizers: any thread, any lock held."""
         if not self.inherited:
             self._ended.put(lease)
-            with suppress(OSError):
+            # The thread may have seen the lease in the queue, ended, and closed the semaphore by now.
+            with suppress(OSError, ValueError, posix_ipc.Error):
                 self._wake.release()
 
     def _settle(self) -> None:
@@ -293,7 +324,7 @@ class Leases:
             while True:
                 lease = self._ended.get_nowait()
                 lease.ends += 1
-                if lease.decoded and lease.ends == lease.exporters + 1:
+                if lease.ends == lease.exporters + 1:
                     self._release(lease)
 
     def _release(self, lease: Lease) -> None:
@@ -342,21 +373,23 @@ class Leases:
     # Segments.
 
     def _take_index(self) -> Segment:
-        """Map this reader's own ring, and nobody else's, and take the index for good (L5)."""
+        """Map this reader's own ring, and nobody else's."""
         expected = SegmentHeader(Kind.CONTROL, self._address.token, self._address.rank, 0, 0, self._address.readers)
         if not 0 <= self.index < self._address.readers:
             raise ValueError(f"reader {self.index} of {self._address.readers}")
-        ring = _segment.attach_ring(self._address.control, expected, self.index)
+        return _segment.attach_ring(self._address.control, expected, self.index)
+
+    def _take_seat(self) -> Seat:
+        taken = StaleHandle(f"reader {self.index} of this writer is taken, or was: an index is used once")
         try:
-            self._seat = Seat(ring.fd, self.index)
-            if RING_HEAD.unpack_from(ring.map)[0]:
-                self._seat.release()
-                raise BlockingIOError
+            seat = Seat(self._ring.fd, self.index)
         except BlockingIOError:
-            ring.drop()
-            raise StaleHandle(f"reader {self.index} of this writer is taken, or was: an index is used once") from None
-        write_word(ring.map, 0, 1)
-        return ring
+            raise taken from None
+        if RING_HEAD.unpack_from(self._ring.map)[0]:
+            seat.release()
+            raise taken
+        write_word(self._ring.map, 0, 1)
+        return seat
 
     def _map_new(self, *, first: bool = False) -> None:
         """Map the segments that the writer has made since, and tell it; the first ones must succeed."""
@@ -385,14 +418,23 @@ class Leases:
 
     def _dismantle(self) -> None:
         with self._lock:
-            self._seat.release()
-            self._pages.close()
-            for segment in (self._ring, *self._segments):
-                if segment is not None:
-                    segment.drop()
-            self._segments.clear()
-            self._posted.close()
-            self._wake.close()
+            self._outbox.close()
+            self._undo.close()
+
+    def _drop_segments(self) -> None:
+        for segment in self._segments:
+            if segment is not None:
+                segment.drop()
+        self._segments.clear()
+
+
+def _open_semaphore(name: str) -> posix_ipc.Semaphore:
+    try:
+        return posix_ipc.Semaphore(name)
+    except posix_ipc.Error as error:
+        raise PeerDied(
+            f"no semaphore {name}: its writer is gone, or has no room for another reader ({error})"
+        ) from None
 
 
 def _forget() -> None:

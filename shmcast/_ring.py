@@ -34,17 +34,25 @@ class Outbox:
     def post(self, kind: EntryKind, value: int = 0) -> bool:
         """Tell the writer; never waits. False where a writer that does not drain has left no room."""
         with self._lock:
+            # A signal handler may raise between any two of these statements. An entry that was written and not
+            # counted counts; a token too few is made up for; a token too many finds no entry.
+            with suppress(LayoutError):
+                parse_entry(self._ring, self._entries, self._seq)
+                self._seq += 1
             # The writer takes a token before it reads the entry: one entry fewer than the ring has room for.
             if self._posted.value >= self._entries - 1:
                 return False
             write_entry(self._ring, self._entries, self._seq, kind, value)
-            # A signal handler may raise between any two of these: a token too few is made up for by the next post,
-            # a token too many finds no entry.
             self._seq += 1
             while self._tokens < self._seq:
                 self._posted.release()
                 self._tokens += 1
             return True
+
+    def close(self) -> None:
+        """Let go of the ring; nothing is posted after this."""
+        with self._lock:
+            del self._ring
 
 
 class Inbox:
@@ -56,6 +64,7 @@ class Inbox:
         self._entries = entries
         self._posted = posted
         self._seq = 0
+        self._token = False
         self.bad = 0
 
     def taken(self) -> bool:
@@ -63,16 +72,19 @@ class Inbox:
         return bool(RING_HEAD.unpack_from(self._control, self._base)[0])
 
     def drain(self) -> Iterator[Entry]:
-        """Every entry posted so far, once."""
-        for _ in range(self._posted.value):
-            self._posted.acquire(0)
+        """Every entry posted so far; one that a signal handler interrupts comes again, which does no harm."""
+        for _ in range(min(self._posted.value + self._token, self._entries)):
+            if not self._token:
+                self._token = True
+                self._posted.acquire(0)
             try:
                 entry = parse_entry(self._control, self._entries, self._seq, self._base)
             except LayoutError:
                 self.bad += 1
-                continue
-            self._seq += 1
-            yield entry
+            else:
+                yield entry
+                self._seq += 1
+            self._token = False
 
     def close(self) -> None:
         self._posted.close()

@@ -26,13 +26,13 @@ class Room(NamedTuple):
 class _Files(NamedTuple):
     """What one generation of cgroups calls its files."""
 
-    limit: str
+    limits: tuple[str, ...]
     usage: str
     inactive: str
 
 
-V1: Final = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-V2: Final = _Files("memory.max", "memory.current", "inactive_file")
+V1: Final = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+V2: Final = _Files(("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 
 def room(shm: str = SHM, proc: Path = Path("/proc/self"), meminfo: Path = Path("/proc/meminfo")) -> Room:
@@ -89,11 +89,12 @@ def _ancestors(path: str, root: str, top: Path) -> Iterator[Path]:
 def _left(files: _Files, folder: Path) -> int | None:
     """Limit less usage of one cgroup; page cache that the kernel can drop counts as free. None without a limit."""
     try:
-        limit = (folder / files.limit).read_text().strip()
-        if limit == "max" or int(limit) >= UNLIMITED:
+        limits = [(folder / name).read_text().strip() for name in files.limits if (folder / name).exists()]
+        limit = min((int(text) for text in limits if text != "max"), default=UNLIMITED)
+        if limit >= UNLIMITED:
             return None
         usage = int((folder / files.usage).read_text())
         stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
-        return int(limit) - usage + int(stat.get(files.inactive, "0"))
+        return limit - usage + int(stat.get(files.inactive, "0"))
     except (OSError, ValueError):
         return None

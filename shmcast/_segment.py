@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -16,7 +17,7 @@ import posix_ipc
 
 from shmcast._layout import PAGE, Kind, SegmentHeader, parse_segment, ring_offset, ring_size
 from shmcast._pages import MADV_POPULATE_WRITE, address_of, populate, protect, unlock
-from shmcast._room import room
+from shmcast._room import SHM, room
 from shmcast.errors import ArenaFull, LayoutError, PeerDied
 
 Isolation = Literal["cow", "guard", "shared"]
@@ -49,19 +50,16 @@ class Segment:
 
     def unlink(self) -> None:
         """Remove the name if it still leads to this segment."""
-        with suppress(posix_ipc.ExistentialError):
-            other = posix_ipc.SharedMemory(self.name, flags=0, size=0)
-            try:
-                same = os.path.samestat(os.fstat(other.fd), os.fstat(self.fd))
-            finally:
-                other.close_fd()
-            if same:
+        # By path: opening it would take a descriptor, of which there may be none left.
+        with suppress(OSError, posix_ipc.Error):
+            if os.path.samestat(os.lstat(SHM + self.name), os.fstat(self.fd)):
                 posix_ipc.unlink_shared_memory(self.name)
 
     def drop(self) -> None:
-        """Give up the descriptor; the mapping goes when the last thing that lies in it goes."""
+        """Give up descriptor and mapping; the mapping goes when the last thing that lies in it goes."""
         if self.fd >= 0:
             os.close(self.fd)
+            del self.map
         self.fd = -1
 
 
@@ -124,8 +122,12 @@ def open_checked(name: str, expected: SegmentHeader) -> tuple[int, SegmentHeader
             f"no segment {name}: rank {expected.rank}, its writer, is gone, or is in another mount or IPC namespace"
         ) from None
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
+        # Never waits: whoever locks it exclusively is removing what a dead writer left.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return fd, _check(name, fd, expected)
+    except BlockingIOError:
+        os.close(fd)
+        raise PeerDied(f"{name} is being removed: rank {expected.rank}, its writer, is dead") from None
     except BaseException:
         os.close(fd)
         raise
@@ -155,6 +157,8 @@ def _open(name: str, flags: int) -> int:
         raise (FileExistsError if flags & posix_ipc.O_CREX else FileNotFoundError)(f"{name}: {error}") from None
     except posix_ipc.PermissionsError as error:
         raise PermissionError(f"{name}: {error}") from None
+    except ValueError as error:  # EINVAL and ENAMETOOLONG: something else has this name
+        raise OSError(errno.EINVAL, f"{name}: {error}") from None
 
 
 def _map(fd: int, size: int, flags: int, offset: int = 0) -> mmap.mmap:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from shmcast._codec import Leaves
 from shmcast._wire import TEXT_BYTES, Handle, Header, HeaderRoute, Reason
 from shmcast.errors import LayoutError
 
@@ -31,10 +32,10 @@ class Sent(NamedTuple):
     text: str = ""
     size: int = 0
 
-    def header(self, *, batch: bool) -> Header:
+    def header(self) -> Header:
         """What a collective carries of it."""
         length = 0 if self.inline is None else self.inline.numel()
-        return Header(self.route, 0, self.reason, batch, length, self.handle, self.text)
+        return Header(self.route, 0, reason=self.reason, length=length, handle=self.handle, text=self.text)
 
 
 def index_of(sents: list[Sent]) -> object:
@@ -82,8 +83,20 @@ def attempt(fn: Callable[[R], T], raw: R) -> T | Exception:
 
 
 def describe(error: BaseException) -> str:
-    """An error as the text that travels."""
-    return f"{type(error).__name__}: {error}"
+    """An error as the text that travels; an error that cannot say what it is must not keep a header back."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def walk(raw: object) -> Leaves | None:
+    """The leaves of raw inputs; None for what cannot be walked, which then has no leaf that could be a reference."""
+    try:
+        return Leaves.walk(raw)
+    except Exception as error:
+        log.debug("raw inputs that cannot be walked: %s", describe(error))
+        return None
 
 
 def note(counters: Counters, reason: Reason, detail: object) -> None:

@@ -30,12 +30,13 @@ Header: what one collective of the control plane carries.
          0     8  magic     entry rank
          8     4  version   entry rank
         12     1  route     entry rank: 1 shm, 2 inline, 3 local, 4 none (the entry rank has nothing to send)
-        13     1  batch     entry rank: 1 when the message is the index of a batch
+        13     1  call      entry rank: 1 broadcast, 2 materialize, 3 materialize_batch
         14     2  reason    entry rank: why the route is not the first choice, 0 when it is (`Reason`)
-        16     8  sequence  entry rank: counts the headers of a control plane
+        16     8  sequence  entry rank: counts the calls of a control plane
         24     8  length    entry rank: bytes of the one tensor that follows (inline), else 0
         32    80  handle    entry rank (shm), else zeros
-       112   140  text      entry rank: UTF-8, zero padded
+       112     8  plane     entry rank: which control plane this is, agreed on in the constructor
+       120   132  text      entry rank: UTF-8, zero padded
        252     4  checksum  entry rank: CRC-32 of bytes 0 to 251
 """
 
@@ -47,16 +48,16 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, NamedTuple
 
-from shmcast._layout import MAX_READERS, VERSION, WORD, Bytes, Descriptor, check_descriptor
+from shmcast._layout import MAX_READERS, MAX_TICKETS, NEVER, VERSION, WORD, Bytes, Descriptor, check_descriptor
 from shmcast.errors import LayoutError
 
 HANDLE_MAGIC: Final = b"SHMh"
 HEADER_MAGIC: Final = b"SHMHEAD1"
-TEXT_BYTES: Final = 140
+TEXT_BYTES: Final = 132
 
 ADDRESS: Final = struct.Struct("<16sII")
 HANDLE: Final = struct.Struct("<4sI16sIIQQQQQ4xI")
-HEADER: Final = struct.Struct("<8sIBBHQQ80s140sI")
+HEADER: Final = struct.Struct("<8sIBBHQQ80sQ132sI")
 
 
 class Reason(IntEnum):
@@ -70,6 +71,14 @@ class Reason(IntEnum):
     OPEN = 5
     CONTROL = 6
     DISABLED = 7
+
+
+class Call(IntEnum):
+    """Which collective call a header belongs to."""
+
+    BROADCAST = 1
+    MATERIALIZE = 2
+    BATCH = 3
 
 
 class HeaderRoute(IntEnum):
@@ -138,6 +147,14 @@ class Handle:
     readers: int
     opens: int
 
+    def __post_init__(self) -> None:
+        """Every ticket that the handle can name has 64 bits, and its place can be a block."""
+        check_descriptor(self.where)
+        if not (0 < self.opens <= MAX_TICKETS and 0 <= self.readers < 2**MAX_READERS):
+            raise LayoutError(f"a handle for readers {self.readers:#x} that each may open {self.opens} times")
+        if not 0 <= self.ticket <= NEVER - (MAX_READERS + 1) * self.opens:
+            raise LayoutError(f"a handle with ticket {self.ticket}")
+
     def ticket_of(self, reader: int, opened: int) -> int:
         """The ticket of `reader`'s lease number `opened`."""
         return self.ticket + reader * self.opens + opened
@@ -166,11 +183,7 @@ class Handle:
         magic, opens, token, rank, segment, offset, length, generation, ticket, readers, crc = HANDLE.unpack(raw)
         if magic != HANDLE_MAGIC or crc != zlib.crc32(raw[: HANDLE.size - 4]):
             raise LayoutError("these bytes are no handle, or a damaged one")
-        where = Descriptor(segment, offset, length, generation)
-        check_descriptor(where)
-        if not opens:
-            raise LayoutError("a handle that nobody may open")
-        return cls(token, rank, where, ticket, readers, opens)
+        return cls(token, rank, Descriptor(segment, offset, length, generation), ticket, readers, opens)
 
     def __reduce__(self) -> tuple[object, ...]:
         return Handle.parse, (bytes(self),)
@@ -181,8 +194,9 @@ class Header(NamedTuple):
 
     route: HeaderRoute
     sequence: int
+    call: Call = Call.BROADCAST
+    plane: int = 0
     reason: Reason = Reason.CHOSEN
-    batch: bool = False
     length: int = 0
     handle: Handle | None = None
     text: str = ""
@@ -192,37 +206,46 @@ class Header(NamedTuple):
             HEADER_MAGIC,
             VERSION,
             self.route,
-            self.batch,
+            self.call,
             self.reason,
             self.sequence,
             self.length,
             bytes(self.handle) if self.handle else b"",
+            self.plane,
             self.text.encode("utf-8", "replace")[:TEXT_BYTES],
             0,
         )[:-4]
         return raw + WORD.pack(zlib.crc32(raw))
 
 
-def parse_header(raw: Bytes, sequence: int) -> Header:
-    """The header in `raw`, which must be number `sequence` of its control plane."""
+def parse_header(raw: Bytes, sequence: int, call: Call, plane: int) -> Header:
+    """The header in `raw`, which must be of call number `sequence` of control plane `plane`, a call of `call`."""
     if len(raw) != HEADER.size:
         raise LayoutError(f"a header has {HEADER.size} bytes, not {len(raw)}")
-    magic, version, route, batch, reason, found, length, handle, text, crc = HEADER.unpack(raw)
+    magic, version, route, found_call, reason, found, length, handle, found_plane, text, crc = HEADER.unpack(raw)
     if magic != HEADER_MAGIC or version != VERSION:
         raise LayoutError(f"not a header of format {VERSION}: another collective ran on this group in between")
     if crc != zlib.crc32(raw[: HEADER.size - 4]):
         raise LayoutError("a damaged header")
-    if found != sequence:
-        raise LayoutError(f"header {found} where {sequence} was due: the ranks did not make the same calls")
-    if not HeaderRoute.SHM <= route <= HeaderRoute.NONE or batch > 1:
+    if found_plane != plane:
+        raise LayoutError(
+            "a header of another Broadcaster: two share a group, and the ranks call them in different orders"
+        )
+    if (found, found_call) != (sequence, call):
+        raise LayoutError(
+            f"the entry rank is in call {found}, of kind {found_call}, this rank in call {sequence}, of kind {call}: "
+            "the ranks did not make the same calls"
+        )
+    if not HeaderRoute.SHM <= route <= HeaderRoute.NONE:
         raise LayoutError(f"header with unknown route {route}")
     if reason > max(Reason):
         raise LayoutError(f"header with unknown reason {reason}")
     return Header(
         HeaderRoute(route),
         found,
+        call,
+        plane,
         Reason(reason),
-        bool(batch),
         length,
         Handle.parse(handle) if route == HeaderRoute.SHM else None,
         text.rstrip(b"\0").decode("utf-8", "replace"),

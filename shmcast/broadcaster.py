@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakSet
 
 import torch
 
 from shmcast._codec import Allow, encode
-from shmcast._control import ControlBroken, GroupControl, cpu_group
+from shmcast._control import GroupControl, cpu_group
 from shmcast._entry import Entry
 from shmcast._follower import Follower
-from shmcast._joining import Offer, join, settings_of
-from shmcast._sent import attempt
-from shmcast._wire import Address, Handle
+from shmcast._joining import Offer, Verdict, join, settings_of
+from shmcast._sent import attempt, describe
+from shmcast._wire import Address, Call, Handle
 from shmcast.errors import ArenaFull, ClosedError, ShmcastError
 from shmcast.metrics import Counters, Stats
 from shmcast.multimodal import MultimodalInputs
@@ -36,12 +37,48 @@ if TYPE_CHECKING:
 
     from shmcast._segment import Isolation
 
+DEFAULT_TIMEOUT = 30.0
+MAX_TIMEOUT = 30 * 86400.0
+
 R = TypeVar("R")
 T = TypeVar("T")
 
 log = logging.getLogger("shmcast")
 
 _broadcasters: WeakSet[Broadcaster] = WeakSet()
+
+
+class _Settings(NamedTuple):
+    """What one rank was made with."""
+
+    src: int
+    capacity: int | None
+    isolation: Isolation
+    control: str
+    policy: Policy
+    allow: Any  # checked here: an iterable of classes and package names, then a tuple
+    timeout: float
+    disabled: bool = False
+
+    def check(self, size: int) -> _Settings:
+        """These settings with those of the environment, for a group of `size`; `ValueError` and `TypeError` else."""
+        if self.control != "group":
+            raise ValueError(f"control={self.control!r}: it is 'group'")
+        if self.isolation not in ("cow", "guard", "shared"):
+            raise ValueError(f"isolation={self.isolation!r}: cow, guard or shared")
+        if not 0 <= self.src < size:
+            raise ValueError(f"src={self.src}: a rank of the group, 0 to {size - 1}")
+        if not isinstance(self.policy, Policy):
+            raise TypeError(f"policy={self.policy!r}: a Policy")
+        if not 0 < self.timeout < MAX_TIMEOUT:
+            raise ValueError(f"timeout={self.timeout}: seconds, more than none and less than a month")
+        Allow(self.allow)
+        environment = read_environment()
+        policy = self.policy
+        if environment.inline_max is not None:
+            policy = replace(policy, inline_max=environment.inline_max)
+        capacity = environment.capacity if self.capacity is None else self.capacity
+        return self._replace(capacity=capacity, policy=policy, allow=tuple(self.allow), disabled=environment.disabled)
 
 
 class Broadcaster:
@@ -77,7 +114,7 @@ class Broadcaster:
         control: str = "group",
         policy: Policy | None = None,
         allow: Iterable[type | str] = (),
-        timeout: float = 30.0,
+        timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         self._counters = Counters()
         self._closed = False
@@ -87,12 +124,16 @@ class Broadcaster:
         self._control: GroupControl | None = None
         self._local = False
         self._why = "a group of one needs no shared memory"
-        self._policy = policy or Policy()
+        settings = _Settings(src, capacity, isolation, control, Policy() if policy is None else policy, allow, timeout)
         cpu = cpu_group(group)
-        if cpu is not None:
-            self._control = GroupControl(cpu, src, timeout)
+        if cpu is None:
+            settings.check(1)
+        else:
+            # A timeout that is wrong is said in the exchange, for which it takes one that is right.
+            patience = timeout if isinstance(timeout, (int, float)) and 0 < timeout < MAX_TIMEOUT else DEFAULT_TIMEOUT
+            self._control = GroupControl(cpu, patience)
             try:
-                self._join(self._control, capacity, isolation, control, tuple(allow))
+                self._join(self._control, settings)
             except BaseException:
                 self.close()
                 raise
@@ -109,7 +150,7 @@ class Broadcaster:
         self._check_open()
         if self._control is None:
             return cast("T", obj)
-        with self._control.turn():
+        with self._control.turn(Call.BROADCAST):
             if isinstance(self._end, Entry):
                 return cast("T", self._end.broadcast(obj))
             return cast("T", cast("Follower", self._end).broadcast())
@@ -126,7 +167,7 @@ class Broadcaster:
         self._check_open()
         if self._control is None or self._local:
             return fn(raw)
-        with self._control.turn():
+        with self._control.turn(Call.MATERIALIZE):
             return cast("Entry | Follower", self._end).materialize(raw, fn)
 
     def materialize_batch(
@@ -141,7 +182,7 @@ class Broadcaster:
         self._check_open()
         if self._control is None or self._local:
             return [attempt(fn, raw) for raw in raws]
-        with self._control.turn():
+        with self._control.turn(Call.BATCH):
             return cast("Entry | Follower", self._end).materialize_batch(raws, fn)
 
     # One rank alone.
@@ -214,95 +255,81 @@ class Broadcaster:
 
     # Joining.
 
-    def _join(
-        self,
-        control: GroupControl,
-        capacity: int | None,
-        isolation: Isolation,
-        kind: str,
-        allowed: tuple[type | str, ...],
-    ) -> None:
+    def _join(self, control: GroupControl, settings: _Settings) -> None:
         """Every rank goes through both exchanges, whatever its arguments; the first to be wrong is named on all."""
         wrong: Exception | None = None
-        offer, allow = Offer(), Allow()
         try:
-            self._check_arguments(control, isolation, kind)
-            allow = Allow(allowed)
-            offer = self._offer(control, capacity, allowed)
-        except (ValueError, TypeError) as error:
+            settings = settings.check(control.size)
+            offer = self._offer(control, settings)
+        except Exception as error:
             wrong = error
-            offer = Offer(wrong=f"{type(error).__name__}: {error}")
-
-        def attach(address: str) -> str:
-            return "" if control.leads else self._attach(control, address, isolation, allowed)
-
+            offer = Offer(wrong=describe(error))
         try:
-            verdict = join(control, offer, control.src, self._policy.agree, attach)
-        except ControlBroken:
-            raise
+            verdict = join(control, offer, lambda src, address: self._attach(control, settings, src, address))
         except ShmcastError:
             if wrong is not None:
                 raise wrong from None
             raise
         self._local = verdict.route is Route.LOCAL
         self._why = verdict.why
-        if verdict.route is Route.SHM:
-            if self._writer is not None:
-                self._writer.settle()
-        else:
-            self._leave_shared_memory(verdict.route, verdict.why)
+        if verdict.route is not Route.SHM:
+            self._leave_shared_memory(verdict)
+        elif self._writer is not None:
+            self._writer.settle()
+        policy = replace(
+            settings.policy,
+            peers_hold_raw=verdict.holds_raw,
+            agree=verdict.agree,
+            route=Route.AUTO if verdict.route is Route.INLINE else settings.policy.route,
+        )
+        control.settle(verdict.src, verdict.plane)
+        allow = Allow(settings.allow)
         if control.leads:
-            self._end = Entry(control, self._writer, self._policy, allow, self._counters)
+            self._end = Entry(control, self._writer, policy, allow, self._counters)
         else:
-            self._end = Follower(control, self._reader, self._policy, allow, self._counters)
+            self._end = Follower(control, self._reader, policy, allow, self._counters)
 
-    @staticmethod
-    def _check_arguments(control: GroupControl, isolation: str, kind: str) -> None:
-        if kind != "group":
-            raise ValueError(f"control={kind!r}: it is 'group'")
-        if isolation not in ("cow", "guard", "shared"):
-            raise ValueError(f"isolation={isolation!r}: cow, guard or shared")
-        if not 0 <= control.src < control.size:
-            raise ValueError(f"src={control.src}: a rank of the group, 0 to {control.size - 1}")
-
-    def _offer(self, control: GroupControl, capacity: int | None, allowed: tuple[type | str, ...]) -> Offer:
-        environment = read_environment()
-        if environment.inline_max is not None:
-            self._policy = replace(self._policy, inline_max=environment.inline_max)
-        digest, shown = settings_of(control.src, self._policy, allowed)
-        offer = Offer(digest, shown, self._policy.peers_hold_raw, environment.disabled)
-        if environment.disabled or not control.leads:
+    def _offer(self, control: GroupControl, settings: _Settings) -> Offer:
+        policy = settings.policy
+        digest, shown = settings_of(settings.src, policy, settings.allow)
+        plane = secrets.randbits(64)
+        offer = Offer(digest, shown, settings.src, plane, policy.peers_hold_raw, policy.agree, settings.disabled)
+        if settings.disabled or control.rank != settings.src:
             return offer
         try:
             self._writer = Writer(
                 control.size - 1,
-                capacity=environment.capacity if capacity is None else capacity,
-                allow=allowed,
-                policy=self._policy,
+                capacity=settings.capacity,
+                allow=settings.allow,
+                policy=policy,
                 rank=control.rank,
             )
-        except (ArenaFull, OSError) as error:
-            return replace(offer, trouble=str(error))
+        except ValueError:
+            raise
+        except Exception as error:
+            return replace(offer, trouble=describe(error))
         return replace(offer, address=bytes(self._writer.address).hex())
 
-    def _attach(
-        self, control: GroupControl, address: str, isolation: Isolation, allowed: tuple[type | str, ...]
-    ) -> str:
-        index = control.rank - (control.rank > control.src)
+    def _attach(self, control: GroupControl, settings: _Settings, src: int, address: str) -> str:
+        """Map the entry rank's segments; what went wrong, or nothing."""
+        if control.rank == src:
+            return ""
         try:
-            self._reader = Reader(Address.parse(bytes.fromhex(address)), index, isolation=isolation, allow=allowed)
-        except (ShmcastError, OSError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
+            writer = Address.parse(bytes.fromhex(address))
+            index = control.rank - (control.rank > src)
+            self._reader = Reader(writer, index, isolation=settings.isolation, allow=settings.allow)
+        except Exception as error:
+            return describe(error)
         return ""
 
-    def _leave_shared_memory(self, route: Route, why: str) -> None:
+    def _leave_shared_memory(self, verdict: Verdict) -> None:
         if self._writer is not None:
             self._writer.close()
         if self._reader is not None:
             self._reader.close()
         self._writer = self._reader = None
         self._counters.fallback("disabled")
-        log.warning("this group goes without shared memory (%s instead): %s", route.value, why)
+        log.warning("this group goes without shared memory (%s instead): %s", verdict.route.value, verdict.why)
 
     # Misuse.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from enum import Enum
@@ -45,8 +46,8 @@ class Policy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "route", Route(self.route))
         for name in ("threshold", "inline_max", "wait"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Policy({name}={getattr(self, name)}): must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Policy({name}={getattr(self, name)}): must be finite and not negative")
         if self.route is Route.LOCAL and (self.agree or not self.peers_hold_raw):
             raise ValueError("Policy(route='local') needs raw inputs on every rank, and no agreement between them")
 

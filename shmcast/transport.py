@@ -8,7 +8,10 @@ has ended, which a reader's tensors decide by being alive.
 
 from __future__ import annotations
 
+import atexit
 import os
+from bisect import bisect_right
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakSet, finalize, ref
 
@@ -18,7 +21,7 @@ import torch
 from shmcast import _layout, _reclaim
 from shmcast._arena import Arena
 from shmcast._codec import Allow, Encoded, Leaves, decode, encode
-from shmcast._layout import BLOCK, MAX_READERS, BlockKind, Message, parse_message, plan_message
+from shmcast._layout import BLOCK, MAX_READERS, MAX_TICKETS, BlockKind, Message, parse_message, plan_message
 from shmcast._lease import Leases
 from shmcast.errors import ClosedError, EncodeError, LayoutError
 from shmcast.metrics import Counters, ReaderLeases, Stats
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from shmcast._blocks import Block
     from shmcast._segment import Isolation
     from shmcast._wire import Address, Handle
+
+MANY_BYTES = 8 << 20
 
 Memory = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
@@ -105,23 +110,22 @@ class Writer:
         chosen = sorted(set(everyone if readers is None else readers))
         if any(reader not in everyone for reader in chosen):
             raise ValueError(f"readers={chosen}: this writer has readers 0 to {self.address.readers - 1}")
-        if not 1 <= opens < 2**16:
-            raise ValueError(f"opens={opens}: 1 to {2**16 - 1}")
+        if not 1 <= opens <= MAX_TICKETS:
+            raise ValueError(f"opens={opens}: 1 to {MAX_TICKETS}")
         listed = self._find_empties(encoded)
         blocks = tuple(dict.fromkeys(found.block for found in listed.values()))
         sizes = self._place(encoded, listed, blocks)
         plan = plan_message(len(encoded.stream), len(blocks), sizes)
         block = self._arena.reserve(plan.length, self._policy.wait, chosen, opens)
         try:
-            segment = self._arena.segment(block.segment)
-            memory = np.frombuffer(segment.map, np.uint8)[block.offset : block.offset + block.size]
+            mapping = self._arena.mapping(block)
+            memory = np.frombuffer(mapping, np.uint8, block.size, block.offset)
             copy_pieces(encoded, plan.pieces, memory)
             message = Message(encoded.stream, tuple(b.where for b in blocks), plan.pieces)
-            _layout.write_message(segment.map, block.generation, plan.length, message, block.offset)
-            handle = self._arena.grant(block, blocks, chosen, opens)
+            _layout.write_message(mapping, block.generation, plan.length, message, block.offset)
+            return self._arena.grant(block, blocks, chosen, opens)
         finally:
             self._arena.free(block)
-        return handle
 
     def withdraw(self, handle: Handle) -> None:
         """Take back what will not be opened. Who opens it later gets `StaleHandle`; who has opened it keeps it."""
@@ -145,7 +149,7 @@ class Writer:
         if not size:
             return torch.empty(shape, dtype=dtype)
         block = self._arena.reserve(BLOCK.size + size, self._policy.wait)
-        mapping = self._arena.segment(block.segment).map
+        mapping = self._arena.mapping(block)
         _layout.write_block(mapping, block.generation, block.length, BlockKind.PAYLOAD, base=block.offset)
         exporter = np.frombuffer(mapping, np.uint8, size, block.offset + BLOCK.size)
         # From here on the exporter holds the claim, and whatever raises drops it.
@@ -194,17 +198,20 @@ class Writer:
 
     def _find_empties(self, encoded: Encoded) -> dict[int, _Found]:
         """For each piece that lies in memory of `empty`, by its number: the block, and where in it."""
-        empties = tuple(self._empties.items())
+        empties = sorted(
+            (empty.start, empty.end, block.generation, block) for block, empty in tuple(self._empties.items())
+        )
         found = {}
-        for number, piece in enumerate(encoded.pieces):
-            start, length = piece.source.data_ptr(), piece.source.numel()
-            for block, empty in empties:
-                if empty.start <= start and start + length <= empty.end:
-                    self._freeze(block, empty)
-                    found[number] = _Found(block, BLOCK.size + start - empty.start)
+        for number, piece in enumerate(encoded.pieces if empties else ()):
+            at = piece.source.data_ptr()
+            start, end, _, block = empties[bisect_right(empties, at, key=itemgetter(0)) - 1]
+            if start <= at and at + piece.source.numel() <= end:
+                self._freeze(block)
+                found[number] = _Found(block, BLOCK.size + at - start)
         return found
 
-    def _freeze(self, block: Block, frozen: _Empty) -> None:
+    def _freeze(self, block: Block) -> None:
+        frozen = self._empties[block]
         tensor = frozen.tensor()
         if tensor is None or tensor.is_inference():
             return
@@ -275,7 +282,7 @@ class Reader:
             obj = decode(opened.stream, opened.pieces, self._allow, leaves)
             return obj, sum(piece.numel() for piece in opened.pieces)
         finally:
-            self._leases.decoded(opened.lease)
+            opened.hold.end()
 
     def discard(self, handle: Handle) -> None:
         """Give back what this reader will not open of `handle`."""
@@ -340,14 +347,15 @@ def unpack_inline(tensor: Tensor, allow: Allow, leaves: Leaves | None = None) ->
 
 def copy_pieces(encoded: Encoded, places: Sequence[_layout.Piece], memory: Memory) -> None:
     """Copy the pieces that go into a message's own block, `memory`, each to its place."""
-    # torch copies with several threads; with one, its byte loop is slower than memcpy, and numpy's is memcpy.
-    many = torch.get_num_threads() > 1
+    # numpy's copy is memcpy. torch's is slower with one thread, and with several, which have to be woken, pays for
+    # large pieces only: on a busy machine small ones would wait for a processor.
+    threads = torch.get_num_threads()
     for piece, place in zip(encoded.pieces, places, strict=True):
         if place.block:
             continue
         start = place.offset + piece.lead
         target = memory[start : start + piece.source.numel()]
-        if many:
+        if threads > 1 and piece.source.numel() >= MANY_BYTES:
             torch.from_numpy(target).copy_(piece.source)
         else:
             np.copyto(target, piece.source.numpy())
@@ -358,4 +366,11 @@ def _forget() -> None:
         writer._closed = True
 
 
+def _close_all() -> None:
+    """At exit, so that no name stays that a reader never mapped."""
+    for writer in list(_writers):
+        writer.close()
+
+
 os.register_at_fork(after_in_child=_forget)
+atexit.register(_close_all)

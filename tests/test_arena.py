@@ -1,6 +1,8 @@
 """The writer's memory, its readers driven by hand: what is reserved, granted, taken back, grown, unlinked."""
 
+import dataclasses
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +36,7 @@ from shmcast._ring import Outbox
 from shmcast._room import Room
 from shmcast._tickets import Held
 from shmcast._wire import Address, Handle
-from shmcast.errors import ArenaFull
+from shmcast.errors import ArenaFull, ClosedError, LayoutError
 
 SHM = Path("/dev/shm")
 STEP = 8 * PAGE
@@ -84,6 +86,11 @@ class Hand:
         del self.ring, self.outbox
 
 
+def idle_of(arena: Arena) -> threading.Thread:
+    assert arena._idle is not None
+    return arena._idle
+
+
 class Stage:
     """Makes arenas of small segments and readers by hand, and clears all of them away."""
 
@@ -106,7 +113,7 @@ class Stage:
             hand.close()
         for arena in self.arenas:
             arena.close()
-            arena._idle.join()
+            idle_of(arena).join()
         self.hands.clear()
         self.arenas.clear()
 
@@ -130,7 +137,7 @@ def names(arena: Arena) -> list[str]:
 def publish(arena: Arena, *readers: int, pages: int = 1, opens: int = 1, listed: tuple[Block, ...] = ()) -> Handle:
     """A message in `pages` pages, as a writer does it."""
     block = arena.reserve(pages * PAGE, 0.0, readers, opens)
-    memory = arena.segment(block.segment).map
+    memory = arena.mapping(block)
     message = Message(b"stream", tuple(one.where for one in listed), ())
     assert plan_message(6, len(listed), []).length <= block.length
     write_message(memory, block.generation, block.length, message, block.offset)
@@ -140,7 +147,7 @@ def publish(arena: Arena, *readers: int, pages: int = 1, opens: int = 1, listed:
 
 
 def view(arena: Arena, handle: Handle) -> bytes:
-    memory = arena.segment(handle.where.segment).map
+    memory = arena._segments[handle.where.segment].map
     return memory[handle.where.offset : handle.where.offset + handle.where.length]
 
 
@@ -231,7 +238,7 @@ def created_with_a_fault(owner: Any, what: str, n: int) -> bool:
         except (OSError, ArenaFull):
             return False
     arena.close()
-    arena._idle.join()
+    idle_of(arena).join()
     return True
 
 
@@ -251,48 +258,25 @@ def mapped_semaphores() -> int:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_a_semaphore_that_cannot_be_made_leaves_no_name(stage: Stage, n: int) -> None:
-    script = posix_ipc.Semaphore
-    made: list[posix_ipc.Semaphore] = []
+def test_a_semaphore_that_cannot_be_made_leaves_nothing(stage: Stage, n: int) -> None:
+    real = posix_ipc.Semaphore
+    made: list[str] = []
 
     def semaphore(name: str, *args: Any, **kwargs: Any) -> posix_ipc.Semaphore:
         if len(made) + 1 == n:
             raise OSError(28, "No space left on device")
-        made.append(script(name, *args, **kwargs))
-        return made[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(posix_ipc, "Semaphore", semaphore)
-        with pytest.raises(OSError, match="No space left"):
-            Arena(2, STEP, 0)
-    assert len(made) == n - 1
-    for one in made:
-        assert not (SHM / f"sem.{one.name[1:]}").exists()
-        # posix_ipc does not unmap what nobody closes.
-        one.close()
-
-
-@pytest.mark.faults
-@pytest.mark.xfail(strict=True, reason="semaphores made before the one that fails are never closed")
-def test_a_semaphore_that_cannot_be_made_leaves_no_mapping(stage: Stage) -> None:
-    script = posix_ipc.Semaphore
-    made: list[posix_ipc.Semaphore] = []
-
-    def semaphore(name: str, *args: Any, **kwargs: Any) -> posix_ipc.Semaphore:
-        if len(made) == 3:
-            raise OSError(28, "No space left on device")
-        made.append(script(name, *args, **kwargs))
-        return made[-1]
+        made.append(name)
+        return real(name, *args, **kwargs)
 
     before = mapped_semaphores()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(posix_ipc, "Semaphore", semaphore)
         with pytest.raises(OSError, match="No space left"):
             Arena(2, STEP, 0)
-    after = mapped_semaphores()
-    for one in made:
-        one.close()
-    assert after == before
+    assert len(made) == n - 1
+    # posix_ipc does not unmap what nobody closes.
+    assert mapped_semaphores() == before
+    assert not any((SHM / f"sem.{name[1:]}").exists() for name in made)
 
 
 # --- blocks and leases
@@ -330,7 +314,7 @@ def test_listed_blocks_live_as_long_as_the_message(stage: Stage) -> None:
     arena = stage.arena()
     hand = stage.hand(arena)
     payload = arena.reserve(PAGE, 0.0)
-    write_block(arena.segment(0).map, payload.generation, payload.length, BlockKind.PAYLOAD, base=payload.offset)
+    write_block(arena.mapping(payload), payload.generation, payload.length, BlockKind.PAYLOAD, base=payload.offset)
     first, second = (publish(arena, 0, listed=(payload,)) for _ in range(2))
     arena.expire(payload)
     assert live(arena) == 3
@@ -338,6 +322,29 @@ def test_listed_blocks_live_as_long_as_the_message(stage: Stage) -> None:
     assert live(arena) == 2
     hand.released(second)
     assert live(arena) == 0
+
+
+def test_each_message_that_lists_a_block_stamps_it(stage: Stage) -> None:
+    arena = stage.arena()
+    payload = arena.reserve(PAGE, 0.0)
+    memory = arena.mapping(payload)
+    write_block(memory, payload.generation, payload.length, BlockKind.PAYLOAD, base=payload.offset)
+    for count in range(3):
+        assert memory[payload.offset + 28] == count
+        handle = publish(arena, 0, listed=(payload,))
+        assert memory[handle.where.offset + 28] == 0
+
+
+def test_a_block_is_leased_while_a_reader_holds_it(stage: Stage) -> None:
+    arena = stage.arena()
+    hand = stage.hand(arena)
+    payload = arena.reserve(PAGE, 0.0)
+    write_block(arena.mapping(payload), payload.generation, payload.length, BlockKind.PAYLOAD, base=payload.offset)
+    assert not arena.is_leased(payload)
+    handle = publish(arena, 0, listed=(payload,))
+    assert arena.is_leased(payload)
+    hand.released(handle)
+    assert not arena.is_leased(payload)
 
 
 def test_words_that_are_false_free_nothing(stage: Stage) -> None:
@@ -419,10 +426,10 @@ def test_withdraw_marks_then_fences_then_listens(stage: Stage, monkeypatch: pyte
         monkeypatch.setattr(owner, name, noted)
 
     handle = publish(arena, 0)
-    for owner, name in ((_arena, "mark_withdrawn"), (_arena, "fence"), (arena, "_drain")):
+    for owner, name in ((_arena, "mark_withdrawn"), (_arena, "fence"), (arena, "_read_all")):
         noting(owner, name)
     arena.withdraw(handle)
-    assert order == ["mark_withdrawn", "fence", "_drain"]
+    assert order == ["mark_withdrawn", "fence", "_read_all"]
 
 
 def test_L4_an_open_after_the_withdrawal_finds_no_ticket(stage: Stage) -> None:
@@ -440,7 +447,7 @@ def test_L4_an_open_after_the_withdrawal_finds_no_ticket(stage: Stage) -> None:
     assert parse_message(view(arena, again), again.where.generation).stream == b"stream"
 
 
-@pytest.mark.parametrize("how", ["released", "another use", "again", "foreign"])
+@pytest.mark.parametrize("how", ["released", "another use", "again", "foreign", "forged"])
 def test_a_late_withdrawal_hurts_nobody(stage: Stage, how: str) -> None:
     arena = stage.arena()
     hand = stage.hand(arena)
@@ -451,22 +458,34 @@ def test_a_late_withdrawal_hurts_nobody(stage: Stage, how: str) -> None:
     elif how == "foreign":
         where = handle.where._replace(offset=handle.where.offset + PAGE)
         handle = Handle(handle.token, handle.rank, where, handle.ticket, 1, 1)
+    elif how == "forged":
+        where = handle.where._replace(generation=handle.where.generation + 1)
+        handle = Handle(handle.token, handle.rank, where, handle.ticket, 1, 1)
     else:
         hand.released(handle)
         arena.drain()
     current = publish(arena, 0) if how == "another use" else None
-    before = live(arena)
+    before, leases = live(arena), arena.held()
     arena.withdraw(handle)
-    assert live(arena) == before
+    assert (live(arena), arena.held()) == (before, leases)
     if current:
         assert parse_message(view(arena, current), current.where.generation)
+
+
+@pytest.mark.parametrize("change", [{"token": bytes(16)}, {"rank": 7}])
+def test_a_handle_of_another_writer_is_an_error(stage: Stage, change: dict[str, Any]) -> None:
+    arena = stage.arena()
+    handle = publish(arena, 0)
+    with pytest.raises(LayoutError, match="a handle of another writer"):
+        arena.withdraw(dataclasses.replace(handle, **change))
+    assert live(arena) == 1
 
 
 def test_a_withdrawn_message_does_not_spoil_its_listed_blocks(stage: Stage) -> None:
     arena = stage.arena()
     stage.hand(arena)
     payload = arena.reserve(PAGE, 0.0)
-    memory = arena.segment(0).map
+    memory = arena.mapping(payload)
     write_block(memory, payload.generation, PAGE, BlockKind.PAYLOAD, base=payload.offset)
     arena.withdraw(publish(arena, 0, listed=(payload,)))
     assert payload.claims == 1
@@ -765,8 +784,25 @@ def test_an_idle_writer_hears_its_readers() -> None:
     arena = Arena(1, 2 * PAGE, 0)
     hand = Hand(arena.address, 0, 0)
     # Nobody calls anything: the writer's own thread ends when no name is left.
-    arena._idle.join(60)
-    assert not arena._idle.is_alive()
+    idle_of(arena).join(60)
+    assert not idle_of(arena).is_alive()
+    assert names(arena) == []
+    hand.close()
+    arena.close()
+
+
+def test_an_idle_writer_hears_its_readers_again_after_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_arena, "STEP", STEP)
+    arena = Arena(1, 4 * STEP, 0)
+    hand = Hand(arena.address, 0, 0)
+    idle_of(arena).join(60)
+    first = idle_of(arena)
+    fill(arena)
+    full(arena)
+    assert names(arena) == ["-1"]
+    assert idle_of(arena) is not first
+    hand.mapped(1)
+    idle_of(arena).join(60)
     assert names(arena) == []
     hand.close()
     arena.close()
@@ -775,8 +811,8 @@ def test_an_idle_writer_hears_its_readers() -> None:
 def test_an_idle_writer_does_not_listen_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_arena, "IDLE_POLLS", 3)
     arena = Arena(1, 2 * PAGE, 0)
-    arena._idle.join(60)
-    assert not arena._idle.is_alive()
+    idle_of(arena).join(60)
+    assert not idle_of(arena).is_alive()
     assert len(names(arena)) == 4
     arena.close()
 
@@ -899,10 +935,29 @@ def test_close_leaves_no_name_and_can_be_repeated(stage: Stage) -> None:
     assert (arena.named, arena.alive(), arena.held()) == (0, (), ())
 
 
+def test_a_closed_arena_gives_nothing(stage: Stage) -> None:
+    arena = stage.arena()
+    handle = publish(arena, 0)
+    block = arena.reserve(PAGE, 0.0)
+    arena.close()
+    uses: list[Callable[[], object]] = [
+        lambda: arena.reserve(PAGE, 0.0),
+        lambda: arena.mapping(block),
+        lambda: arena.grant(block, (), (0,), 1),
+    ]
+    for use in uses:
+        with pytest.raises(ClosedError, match="closed"):
+            use()
+    arena.withdraw(handle)
+    arena.free(block)
+    arena.drain()
+    arena.reclaim()
+
+
 def test_memory_outlives_the_arena(stage: Stage) -> None:
     arena = stage.arena()
     block = arena.reserve(PAGE, 0.0)
-    memory = memoryview(arena.segment(0).map)[block.offset : block.offset + PAGE]
+    memory = memoryview(arena.mapping(block))[block.offset : block.offset + PAGE]
     arena.close()
     memory[:4] = b"mine"
     assert bytes(memory[:4]) == b"mine"
@@ -913,8 +968,8 @@ def test_memory_outlives_the_arena(stage: Stage) -> None:
 def test_close_ends_the_idle_thread() -> None:
     arena = Arena(1, 2 * PAGE, 0)
     arena.close()
-    arena._idle.join(60)
-    assert not arena._idle.is_alive()
+    idle_of(arena).join(60)
+    assert not idle_of(arena).is_alive()
 
 
 def test_the_words_of_one_reader_never_reach_another_ring(stage: Stage) -> None:

@@ -658,7 +658,12 @@ def misuse(rank: int) -> list[Raised]:
         if rank == 1:
             told.append(outcome(lambda: group.share({"a": [1, len]})))
     group.close()
-    closed: tuple[Callable[[], Any], ...] = (group.stats, group.broadcast, lambda: group.materialize({}), lambda: group.empty((3,)))
+    closed: tuple[Callable[[], Any], ...] = (
+        group.stats,
+        group.broadcast,
+        lambda: group.materialize({}),
+        lambda: group.empty((3,)),
+    )
     return [*told, *map(outcome, closed)]
 
 

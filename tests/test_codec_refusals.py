@@ -211,6 +211,25 @@ def test_cycles(name: str) -> None:
     gc.collect()
 
 
+def test_a_cycle_of_instances_is_noticed_at_once_and_not_by_running_out_of_stack() -> None:
+    """Where somebody raised the recursion limit there is no RecursionError, only a crash."""
+    allow = Allow(kinds.ALL)
+    record, taken = allow.by_class(kinds.Plain), []
+    take = record.take
+
+    def counted(obj: Any) -> Any:
+        taken.append(obj)
+        return take(obj)
+
+    record.take = counted
+    plain: Any = kinds.Plain()
+    plain.inner = {"a": (plain,)}
+    with pytest.raises(EncodeError, match="a cycle"):
+        encode(plain, allow)
+    assert taken == [plain]
+    del plain.inner
+
+
 def test_sharing_is_no_cycle() -> None:
     shared = [1]
     value = {"a": shared, "b": [shared, {"c": shared}]}

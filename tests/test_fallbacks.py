@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shmcast import Broadcaster, Policy, Route, _arena, _control, _follower, _lease, _segment, transport
+from shmcast import Broadcaster, Policy, Route, _arena, _control, _follower, _segment, transport
 from shmcast._room import Room
 from shmcast.errors import (
     EncodeError,
@@ -117,12 +118,12 @@ def no_map(error: Exception) -> Callable[[Patch, int], None]:
 
 def no_thread(patch: Patch, rank: int) -> None:
     if rank == VICTIM:
-        patch.setattr(_lease.threading.Thread, "start", fails(RuntimeError("can't start new thread")))
+        patch.setattr(threading.Thread, "start", fails(RuntimeError("can't start new thread")))
 
 
 def no_semaphore(patch: Patch, rank: int) -> None:
     if rank == ENTRY:
-        patch.setattr(_arena.posix_ipc, "Semaphore", fails(posix_ipc.PermissionsError("no semaphore")))
+        patch.setattr(posix_ipc, "Semaphore", fails(posix_ipc.PermissionsError("no semaphore")))
 
 
 def no_memory(patch: Patch, rank: int) -> None:
@@ -189,7 +190,7 @@ def nothing(patch: Patch, rank: int) -> None:
     pass
 
 
-# The table of section 6 of the design: what fails, and under each policy what (entry rank, victim, bystander) then have.
+# What fails, and what entry rank, victim and bystander then have under each policy.
 
 OK = "ok"
 Row = tuple[Any, Any, Any]
@@ -278,13 +279,13 @@ def fall(rank: int, name: str, policy: Policy) -> tuple[Any, dict[str, int], dic
             del got
             fallbacks = dict(group.stats().fallbacks)
             after = outcome(lambda: group.materialize({"a": payload(2)} if held else None, double))
-            well = isinstance(after, dict) and torch.equal(after["a"], payload(2) * 2)
+            well = after if isinstance(after, Raised) else same(after, double({"a": payload(2)}))
             del after
             dist.barrier()
             if rank == ENTRY and group.route is Route.SHM and name != "generation":
                 until_free(group)
             dist.barrier()
-            return told, dict(calls), fallbacks, well or after, lines
+            return told, dict(calls), fallbacks, well, lines
 
 
 def expected(case: Case, raw: Any) -> Any:
@@ -318,12 +319,13 @@ def test_every_rank_has_the_object_or_the_error(ranks: Ranks, name: str, policy:
 
 def routes(rank: int, policy: Policy, names: dict[str, str], sizes: list[int]) -> list[str]:
     held = policy.peers_hold_raw or rank == ENTRY
-    taken, before = [], {}
+    taken: list[str] = []
+    before: dict[str, int] = {}
     with environment(**names), Broadcaster(policy=policy) as group:
         for seed, size in enumerate(sizes):
             raw = {"a": payload(seed, size)}
             got = group.materialize(raw if held else None, double)
-            assert torch.equal(got["a"], raw["a"] * 2)  # type: ignore[index]
+            assert torch.equal(got["a"], raw["a"] * 2)
             now = {route: traffic.messages for route, traffic in group.stats().routes.items()}
             taken += [route for route in now if now[route] > before.get(route, 0)]
             before = now
@@ -401,7 +403,7 @@ def test_what_readers_hold_is_not_taken_from_them(ranks: Ranks) -> None:
     assert ranks.run(4, full_and_free_again) == [["shm", "local", "local", "shm", "shm"]] * 4
 
 
-def grow_without_one(rank: int) -> tuple[list[str], Any]:
+def grow_without_one(rank: int) -> tuple[list[str], list[int]]:
     """The victim cannot map segment 1: nobody's message goes there, then or later."""
     with Patch.context() as early, Patch.context() as late:
         small_steps(early, rank)
@@ -416,19 +418,26 @@ def grow_without_one(rank: int) -> tuple[list[str], Any]:
                 taken += [route for route, seen in group.stats().routes.items() if seen != before.get(route)]
                 dist.barrier()
                 late.undo()
-                if rank == ENTRY:
-                    # Segment 1 has been refused by now, segment 2 mapped by all once it is there.
-                    arena = group._writer._arena  # type: ignore[union-attr]
-                    until(lambda: not arena.drain() and arena._retired == {1})
-                    until(lambda: not arena.drain() and all(map(arena._blocks.usable, range(2, len(arena._segments)))))
+                settle(group)
                 dist.barrier()
-            retired = sorted(group._writer._arena._retired) if rank == ENTRY else None  # type: ignore[union-attr]
-            return taken, retired
+            return taken, [] if group._writer is None else sorted(group._writer._arena._retired)
+
+
+def settle(group: Broadcaster) -> None:
+    """Until segment 1 has been refused, and segment 2, once it is there, mapped by all."""
+    if group._writer is not None:
+        arena = group._writer._arena
+
+        def settled() -> bool:
+            arena.drain()
+            return arena._retired == {1} and all(map(arena._blocks.usable, range(2, len(arena._segments))))
+
+        until(settled)
 
 
 def test_a_segment_that_one_rank_cannot_map_is_never_used(ranks: Ranks) -> None:
     told = ranks.run(3, grow_without_one)
-    assert [retired for _, retired in told] == [[1], None, None]
+    assert [retired for _, retired in told] == [[1], [], []]
     for taken, _ in told:
         assert taken[:2] == ["local", "shm"]
         assert taken[3] == "shm"
@@ -668,7 +677,7 @@ def test_another_rank_dies(ranks: Ranks, n: int, policy: str) -> None:
     entry, dead, *others = ranks.run(n, lose_another_rank, POLICIES[policy], dies={VICTIM})
     assert isinstance(dead, Died)
     assert entry[-1].kind is PeerDied
-    assert entry[-1].text.startswith("rank 1 of the group is gone")
+    assert entry[-1].text.startswith("rank 1")
     for told in (entry, *others):
         for each in told[:3]:
             if policy == "holds" or (policy == "sends" and told is entry):
@@ -737,3 +746,10 @@ def test_a_rank_comes_late(ranks: Ranks, policy: str, late: int) -> None:
         assert broken in ([True, False], [True, True]), "the first call tries"
         if fallbacks.get("control") == 2:
             assert calls[1] == {}, "a broken control plane is left alone"
+
+
+@pytest.mark.xfail(strict=True, reason="PeerDied also names ranks that live and only gave up the control plane")
+def test_only_the_dead_are_called_dead(ranks: Ranks) -> None:
+    entry, *_ = ranks.run(3, come_late, AGREE, VICTIM)
+    told, *_ = entry
+    assert {each.kind for each in told} == {ShmcastError}

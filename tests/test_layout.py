@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shmcast import _layout, _wire
 from shmcast._layout import (
     BlockKind,
+    Damaged,
     Descriptor,
     Entry,
     EntryKind,
@@ -26,7 +27,7 @@ from shmcast._layout import (
     parse_segment,
     plan_message,
 )
-from shmcast._wire import Address, Handle, Header, HeaderRoute, Reason, parse_header
+from shmcast._wire import Address, Call, Handle, Header, HeaderRoute, Reason
 from shmcast.errors import LayoutError
 
 PAGE = _layout.PAGE
@@ -50,6 +51,7 @@ BLOCK = {
     "generation": (8, 8),
     "length": (16, 8),
     "kind": (24, 4),
+    "stamp": (28, 4),
     "skeleton": (32, 8),
     "checksum": (60, 4),
 }
@@ -71,12 +73,13 @@ HEADER = {
     "magic": (0, 8),
     "version": (8, 4),
     "route": (12, 1),
-    "batch": (13, 1),
+    "call": (13, 1),
     "reason": (14, 2),
     "sequence": (16, 8),
     "length": (24, 8),
     "handle": (32, 80),
-    "text": (112, 140),
+    "plane": (112, 8),
+    "text": (120, 132),
     "checksum": (252, 4),
 }
 
@@ -94,7 +97,7 @@ def put(raw: bytearray, fields: Fields, **values: int | bytes) -> bytearray:
 def seal_block(raw: bytearray) -> bytearray:
     """Give a block the checksum that fits it, as an enemy would."""
     size = min(int.from_bytes(raw[32:40], "little"), len(raw))
-    return put(raw, BLOCK, checksum=zlib.crc32(bytes(raw[:60]) + bytes(raw[64 : 64 + size])))
+    return put(raw, BLOCK, checksum=zlib.crc32(bytes(raw[:24]) + bytes(raw[32:60]) + bytes(raw[64 : 64 + size])))
 
 
 def seal(raw: bytearray) -> bytearray:
@@ -126,6 +129,15 @@ def message_block(message: Message = MESSAGE, generation: int = 41, length: int 
     block = bytearray(length)
     _layout.write_message(block, generation, length, message)
     return block
+
+
+def parsed(raw: bytes | bytearray, sequence: int = 6, call: Call = Call.MATERIALIZE, plane: int = 9) -> Header:
+    """The header in `raw`, as rank in that call would read it."""
+    return _wire.parse_header(raw, sequence, call, plane)
+
+
+def example_header(route: HeaderRoute, **fields: Any) -> Header:
+    return Header(route, **{"sequence": 6, "call": Call.MATERIALIZE, "plane": 9, **fields})
 
 
 def example_handle(**changes: Any) -> Handle:
@@ -259,22 +271,24 @@ def test_handle_bytes() -> None:
 
 def test_header_bytes() -> None:
     handle = example_handle()
-    header = Header(HeaderRoute.SHM, 6, Reason.FULL, True, 12, handle, "voll: \N{LATIN SMALL LETTER A WITH DIAERESIS}")
+    text = "voll: \N{LATIN SMALL LETTER A WITH DIAERESIS}"
+    header = Header(HeaderRoute.SHM, 6, Call.BATCH, 2**64 - 3, Reason.FULL, 12, handle, text)
     expected = put(
         bytearray(256),
         HEADER,
         magic=b"SHMHEAD1",
         version=1,
         route=1,
-        batch=1,
+        call=3,
+        plane=2**64 - 3,
         reason=4,
         sequence=6,
         length=12,
         handle=bytes(handle),
-        text=b"voll: \xc3\xa4".ljust(140, b"\0"),
+        text=b"voll: \xc3\xa4".ljust(132, b"\0"),
     )
     assert bytes(header) == seal(expected)
-    assert parse_header(expected, 6) == header
+    assert parsed(expected, 6, Call.BATCH, 2**64 - 3) == header
 
 
 def test_struct_sizes() -> None:
@@ -469,6 +483,9 @@ def test_every_torn_byte_of_header_and_skeleton_is_noticed() -> None:
     for at in range(covered):
         torn = bytearray(whole)
         torn[at] ^= 0x10
+        if at in range(28, 32):  # the stamp, which changes while the block is in use
+            assert parse_message(torn, 41) == MESSAGE
+            continue
         with pytest.raises(LayoutError):
             parse_message(torn, 41)
     for at in range(covered, LENGTH):
@@ -520,6 +537,42 @@ def test_a_block_header_alone_tells_which_use_it_is() -> None:
         _layout.check_block(bytes(block[:64]), 2**63 + 5, len(block))
 
 
+def test_what_no_writer_can_have_written_is_damaged() -> None:
+    for at in (0, 7, 60, 63, 64, 190):
+        torn = message_block()
+        torn[at] ^= 1
+        with pytest.raises(Damaged):
+            parse_message(torn, 41)
+
+
+def test_a_stamp_counts_and_changes_nothing_else() -> None:
+    block = Recorder(100 + PAGE)
+    _layout.write_block(block, 7, PAGE, BlockKind.PAYLOAD, base=100)
+    before, block.stores = bytes(block), []
+    for count in (1, 2, 3):
+        _layout.stamp_payload(block, base=100)
+        assert block == before[:128] + count.to_bytes(4, "little") + before[132:]
+        assert parse_block(memoryview(block)[100:], 7, BlockKind.PAYLOAD) == b""
+    assert block.stores == [(128, 132)] * 3
+
+
+def test_a_stamp_wraps() -> None:
+    block = put(bytearray(64), BLOCK, stamp=2**32 - 1)
+    _layout.stamp_payload(block)
+    assert block == bytes(64)
+
+
+def test_a_new_use_of_a_block_begins_without_stamp_and_mark() -> None:
+    block = bytearray(PAGE)
+    _layout.write_block(block, 7, PAGE, BlockKind.PAYLOAD)
+    _layout.stamp_payload(block)
+    _layout.mark_withdrawn(block)
+    _layout.write_block(block, 8, PAGE, BlockKind.PAYLOAD)
+    fresh = bytearray(PAGE)
+    _layout.write_block(fresh, 8, PAGE, BlockKind.PAYLOAD)
+    assert block == fresh
+
+
 def test_a_payload_block_is_no_message_and_the_reverse() -> None:
     payload = bytearray(PAGE)
     _layout.write_block(payload, 1, PAGE, BlockKind.PAYLOAD)
@@ -563,7 +616,10 @@ def test_refuses_what_cannot_be_a_block(listed: Descriptor) -> None:
     with pytest.raises(LayoutError, match="is no block"):
         parse_message(message_block(Message(b"", (listed,), ())), 41)
     with pytest.raises(LayoutError, match="is no block"):
-        Handle.parse(bytes(example_handle(where=listed)))
+        example_handle(where=listed)
+    fields = dict(zip(("segment", "offset", "length"), listed[:3], strict=True))
+    with pytest.raises(LayoutError, match="is no block"):
+        Handle.parse(seal(put(bytearray(bytes(example_handle())), HANDLE, **fields)))
 
 
 @pytest.mark.parametrize(
@@ -679,9 +735,31 @@ def test_refuses_a_handle_with_any_byte_changed() -> None:
             Handle.parse(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
 
 
-def test_refuses_a_handle_that_nobody_may_open() -> None:
-    with pytest.raises(LayoutError, match="nobody may open"):
-        Handle.parse(bytes(example_handle(opens=0)))
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"opens": 0}, "may open 0 times"),
+        ({"ticket": 2**64 - 1}, f"with ticket {2**64 - 1}"),
+        ({"ticket": 2**64 - 1 - 65 * 2 + 1}, "with ticket"),
+        ({"opens": _layout.MAX_TICKETS + 1}, "may open"),
+    ],
+)
+def test_refuses_a_handle_with_impossible_tickets(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(LayoutError, match=says):
+        example_handle(**changes)
+    with pytest.raises(LayoutError, match=says):
+        Handle.parse(seal(put(bytearray(bytes(example_handle())), HANDLE, **changes)))
+
+
+def test_the_last_ticket_has_64_bits() -> None:
+    handle = example_handle(ticket=2**64 - 1 - 65 * 2)
+    assert Handle.parse(bytes(handle)).ticket_of(64, 2) == 2**64 - 1 - 65 * 2 + 64 * 2 + 2
+
+
+@pytest.mark.parametrize("changes", [{"opens": -1}, {"readers": -1}, {"readers": 2**64}, {"ticket": -1}])
+def test_refuses_to_make_a_handle_that_has_no_bytes(changes: dict[str, Any]) -> None:
+    with pytest.raises(LayoutError, match="a handle"):
+        example_handle(**changes)
 
 
 def test_refuses_a_foreign_magic_with_a_fitting_checksum() -> None:
@@ -694,9 +772,9 @@ handles = st.builds(
     st.binary(min_size=16, max_size=16),
     st.integers(0, 2**32 - 1),
     descriptors,
+    st.integers(0, 2**63),
     st.integers(0, 2**64 - 1),
-    st.integers(0, 2**64 - 1),
-    st.integers(1, 2**32 - 1),
+    st.integers(1, _layout.MAX_TICKETS),
 )
 
 
@@ -721,44 +799,46 @@ def test_no_two_leases_of_a_handle_share_a_ticket(readers: int, opens: int, tick
     [
         ({"magic": b"SHMHEAD2"}, "another collective ran"),
         ({"version": 2}, "another collective ran"),
-        ({"sequence": 7}, "header 7 where 6 was due"),
+        ({"plane": 8}, "another Broadcaster"),
+        ({"sequence": 7}, "in call 7, of kind 2, this rank in call 6, of kind 2"),
+        ({"call": 1}, "in call 6, of kind 1, this rank in call 6, of kind 2"),
+        ({"call": 0}, "did not make the same calls"),
         ({"route": 0}, "unknown route 0"),
         ({"route": 5}, "unknown route 5"),
-        ({"batch": 2}, "unknown route"),
         ({"reason": 8}, "unknown reason 8"),
         ({"handle": bytes(80)}, "no handle"),
     ],
 )
 def test_refuses_a_header(changes: dict[str, Any], says: str) -> None:
-    raw = bytearray(bytes(Header(HeaderRoute.SHM, 6, handle=example_handle())))
+    raw = bytearray(bytes(example_header(HeaderRoute.SHM, handle=example_handle())))
     with pytest.raises(LayoutError, match=says):
-        parse_header(seal(put(raw, HEADER, **changes)), 6)
+        parsed(seal(put(raw, HEADER, **changes)))
 
 
 def test_refuses_a_header_with_any_byte_changed() -> None:
-    whole = bytes(Header(HeaderRoute.INLINE, 6, length=9, text="x"))
+    whole = bytes(example_header(HeaderRoute.INLINE, length=9, text="x"))
     for at in range(256):
         with pytest.raises(LayoutError):
-            parse_header(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], 6)
+            parsed(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
 
 
 @pytest.mark.parametrize("size", [0, 255, 257])
 def test_refuses_a_header_of_another_size(size: int) -> None:
     with pytest.raises(LayoutError, match=f"a header has 256 bytes, not {size}"):
-        parse_header(bytes(size), 0)
+        parsed(bytes(size))
 
 
 def test_only_the_shm_route_carries_a_handle() -> None:
     for route in (HeaderRoute.INLINE, HeaderRoute.LOCAL, HeaderRoute.NONE):
-        raw = seal(put(bytearray(bytes(Header(route, 6))), HEADER, handle=b"\xff" * 80))
-        assert parse_header(raw, 6).handle is None
+        raw = seal(put(bytearray(bytes(example_header(route))), HEADER, handle=b"\xff" * 80))
+        assert parsed(raw).handle is None
 
 
 @given(st.text(max_size=200))
 def test_a_long_text_is_cut_and_never_breaks_the_header(text: str) -> None:
-    got = parse_header(bytes(Header(HeaderRoute.NONE, 0, text=text)), 0).text
+    got = parsed(bytes(example_header(HeaderRoute.NONE, text=text))).text
     sent = text.encode("utf-8", "replace")
-    if len(sent) <= 140:
+    if len(sent) <= 132:
         assert got == sent.decode().rstrip("\0")
     else:
         # The cut may fall inside a character: that one, and no other, is replaced.
@@ -770,15 +850,16 @@ def test_a_long_text_is_cut_and_never_breaks_the_header(text: str) -> None:
         Header,
         st.sampled_from([HeaderRoute.INLINE, HeaderRoute.LOCAL, HeaderRoute.NONE]),
         st.integers(0, 2**64 - 1),
+        st.sampled_from(Call),
+        st.integers(0, 2**64 - 1),
         st.sampled_from(Reason),
-        st.booleans(),
         st.integers(0, 2**64 - 1),
         st.none(),
-        st.text("ab\N{EURO SIGN}", max_size=46),
+        st.text("ab\N{EURO SIGN}", max_size=44),
     )
 )
 def test_headers_round_trip(header: Header) -> None:
-    assert parse_header(bytes(header), header.sequence) == header
+    assert parsed(bytes(header), header.sequence, header.call, header.plane) == header
 
 
 # --- any bytes at all (L8)
@@ -790,7 +871,7 @@ PARSERS: dict[str, Callable[[bytes], object]] = {
     "entry": lambda raw: parse_entry(raw.ljust(128, b"\0"), 4, 1),
     "address": Address.parse,
     "handle": Handle.parse,
-    "header": lambda raw: parse_header(raw, 6),
+    "header": parsed,
 }
 
 
@@ -808,7 +889,7 @@ VALID: dict[str, bytes] = {
     "entry": bytes(ring_with_entries()),
     "address": bytes(Address(TOKEN, 3, 8)),
     "handle": bytes(example_handle()),
-    "header": bytes(Header(HeaderRoute.SHM, 6, handle=example_handle(), text="t")),
+    "header": bytes(example_header(HeaderRoute.SHM, handle=example_handle(), text="t")),
 }
 SEALS: dict[str, Callable[[bytearray], bytearray]] = {"block": seal_block, "message": seal_block}
 SEALS |= {"handle": seal, "header": seal}

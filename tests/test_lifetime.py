@@ -6,6 +6,7 @@ import copy
 import ctypes
 import errno
 import gc
+import json
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -403,26 +404,10 @@ def test_shared_writes_are_everybodys(writer: Writer) -> None:
         del one, two, three, seen
 
 
-GUARD = """
-import torch
-from shmcast.transport import Reader, Writer
-
-with Writer(1, capacity=1 << 20) as writer, Reader(writer.address, 0, isolation="guard") as reader:
-    opened = reader.open(writer.publish(torch.full((100_000,), 7), opens=2))
-    assert opened.sum() == 700_000 and opened.numpy()[5] == 7 and (opened + 1)[9] == 8
-    print("read", flush=True)
-    writer.publish(1)
-    opened[5] = 8
-    print("wrote", flush=True)
-"""
-
-
 @pytest.mark.faults
-def test_guarded_memory_can_be_read_and_a_write_ends_the_process(tmp_path: Any) -> None:
-    [(code, out, err)] = _scripts(GUARD)
-    assert (code, out, err) == (-signal.SIGSEGV, "read\n", "")
-    with Writer(1, capacity=MIB):  # sweeps, should the process have died before its names were gone
-        pass
+def test_guarded_memory_can_be_read_and_a_write_ends_the_process() -> None:
+    [outcome] = exits_of({"a write": "guard()"})
+    assert outcome == ("a write", -signal.SIGSEGV, "read\n", "")
 
 
 # Closing and exit.
@@ -460,32 +445,32 @@ def test_tensors_outlive_their_writer(reader: Reader, writer: Writer) -> None:
     until(lambda: not _reader_threads(), "the reader's thread has ended, though nobody listens")
 
 
-@pytest.mark.xfail(strict=True, reason="a finalizer may post a semaphore that the reader's thread has closed by then")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # that one
-def test_the_last_finalizer_may_come_after_the_thread_has_ended(
-    writer: Writer, reader: Reader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_finalizer_may_come_after_the_thread_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread is stopped between the two lines of a finalizer, while others see its lease end and close."""
-
-    class SlowQueue:
-        def __init__(self) -> None:
-            self.queue: SimpleQueue[Lease] = SimpleQueue()
-
-        def put(self, lease: Lease) -> None:
-            self.queue.put(lease)
-            reader.close()
-            until(lambda: not _reader_threads(), "the thread saw the last lease end")
-
-        def get_nowait(self) -> Lease:
-            return self.queue.get_nowait()
-
     unraisable: list[object] = []
-    kept = [reader.open(writer.publish(big(1), readers=[0]))]
-    until(lambda: reader._leases._ended.empty(), "the decode's end was seen")
-    monkeypatch.setattr(reader._leases, "_ended", SlowQueue())
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "unraisablehook", lambda hook: unraisable.append(hook.exc_type))
-        kept.clear()
+
+    def use(writer: Writer, reader: Reader) -> None:
+        class SlowQueue:
+            queue: SimpleQueue[Lease] = SimpleQueue()
+
+            def put(self, lease: Lease) -> None:
+                self.queue.put(lease)
+                reader.close()
+                until(lambda: not _reader_threads(), "the thread saw the last lease end")
+
+            def get_nowait(self) -> Lease:
+                return self.queue.get_nowait()
+
+        kept = [reader.open(writer.publish(big(1)))]
+        until(lambda: reader._leases._ended.empty(), "the decode's end was seen")
+        with monkeypatch.context() as patch:
+            patch.setattr(reader._leases, "_ended", SlowQueue())
+            patch.setattr(sys, "unraisablehook", lambda hook: unraisable.append(hook.exc_type))
+            kept.clear()
+
+    with Writer(1, capacity=MIB) as writer, Reader(writer.address, 0) as reader:
+        use(writer, reader)
+    del writer, reader
     assert unraisable == []
 
 
@@ -494,73 +479,89 @@ def _reader_threads() -> list[threading.Thread]:
 
 
 EXITS = {
-    "globals": "kept = opened",
-    "cycle": "cycle = [opened]; cycle.append(cycle); del opened",
-    "a module's attribute": "sys.kept = opened; del opened",
-    "closed reader": "reader.close()",
-    "closed writer": "writer.close()",
-    "everything closed": "writer.close(); reader.close()",
-    "memory of empty": "kept = [writer.empty((100_000,)), opened]",
-    "another thread": "threading.Thread(target=forever, args=(opened,), daemon=True).start(); started.wait()",
-    "a forked child": "fork()",
-    "an end by sys.exit in atexit": "atexit.register(lambda: opened.sum())",
+    "globals": "opened = open_one()",
+    "cycle": "cycle = [open_one()]; cycle.append(cycle); del cycle",
+    "a module's attribute": "sys.kept = open_one()",
+    "closed reader": "opened = open_one(); reader.close()",
+    "closed writer": "opened = open_one(); writer.close()",
+    "everything closed": "opened = open_one(); writer.close(); reader.close()",
+    "nothing closed, nothing opened": "handle = writer.publish(7)",
+    "memory of empty": "kept = [writer.empty((100_000,)), open_one()]",
+    "numpy": "array = open_one().numpy()[7:]",
+    "another thread": "threading.Thread(target=hold, args=(open_one(),), daemon=True).start(); started.wait()",
+    "a use at exit": "atexit.register(open_one().sum)",
+    "a forked child": "opened = open_one(); fork()",
 }
 
+# Each child of this one ends as any interpreter does; torch is imported once for all of them.
 EXIT = """
-import atexit, gc, os, sys, threading, torch, warnings
+import atexit, json, os, sys, tempfile, threading, warnings
+import torch
 from shmcast.transport import Reader, Writer
 
 torch.set_num_threads(1)
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 started = threading.Event()
-def forever(tensor):
-    held = tensor[3:]
+
+def make(isolation="cow"):
+    global writer, reader
+    writer = Writer(1, capacity=4 << 20)
+    reader = Reader(writer.address, 0, isolation=isolation)
+    while any(writer.address.token.hex() in name for name in os.listdir("/dev/shm")):
+        started.wait(0.001)
+
+def open_one():
+    return reader.open(writer.publish(torch.full((100_000,), 7), opens=2))
+
+def hold(tensor):
+    kept = tensor[3:]
     started.set()
     threading.Event().wait()
+
 def fork():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    pid = os.fork()
     if not pid:
         sys.exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
+    if os.waitpid(pid, 0)[1]:
+        print("the child failed")
 
-writer = Writer(1, capacity=1 << 20)
-reader = Reader(writer.address, 0)
-opened = reader.open(writer.publish(torch.full((100_000,), 7), opens=2))
-while any(writer.address.token.hex() in name for name in os.listdir("/dev/shm")):
-    started.wait(0.001)
-{how}
-print("end", flush=True)
+def guard():
+    make("guard")
+    opened = open_one()
+    if opened.sum() == 700_000 and opened.numpy()[5] == 7 and (opened + 1)[9] == 8:
+        print("read", flush=True)
+    opened[5] = 8
+
+outcomes = []
+for name, how in json.loads(sys.argv[1]).items():
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        pid = os.fork()
+        if not pid:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            if how != "guard()":
+                make()
+            exec(how)
+            print("end", flush=True)
+            sys.exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+        outcomes.append((name, code, *texts))
+print(json.dumps(outcomes))
 """
 
 
 def test_an_interpreter_that_exits_with_live_tensors_is_quiet() -> None:
-    for how, (code, out, err) in zip(EXITS, _scripts(*(EXIT.format(how=how) for how in EXITS.values())), strict=True):
-        assert (how, code, out, err) == (how, 0, "end\n", "")
+    assert exits_of(EXITS) == [(name, 0, "end\n", "") for name in EXITS]
 
 
-def _scripts(*scripts: str) -> list[tuple[int, str, str]]:
-    """Run scripts, three at a time, each in an interpreter of its own: exit code, stdout, stderr."""
-    results = []
-    for first in range(0, len(scripts), 3):
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "error", "-c", script],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for script in scripts[first : first + 3]
-        ]
-        try:
-            for process in processes:
-                out, err = process.communicate(timeout=90)
-                results.append((process.returncode, out, err))
-        finally:
-            for process in processes:
-                process.kill()
-                process.communicate()
-    return results
+def exits_of(hows: dict[str, str]) -> list[tuple[str, int, str, str]]:
+    """For each line of Python, run in an interpreter with a writer and a reader: name, exit code, stdout, stderr."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", EXIT, json.dumps(hows)], capture_output=True, text=True, timeout=90
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [(name, code, out, err) for name, code, out, err in json.loads(done.stdout)]
 
 
 # Fork.
@@ -615,11 +616,11 @@ def test_in_a_forked_child_all_ends_are_closed(writer: Writer, reader: Reader) -
     assert writer.stats().leases[0].alive is True
 
 
-@pytest.mark.xfail(strict=True, reason="discard reads a descriptor that is not there, discard_below says nothing")
 @pytest.mark.parametrize("use", ["discard", "discard_below"])
-def test_in_a_forked_child_a_reader_discards_nothing(writer: Writer, reader: Reader, use: str) -> None:
-    handle = writer.publish(big(0x5A), readers=[0])
-    outcome = in_child(partial(getattr(reader, use), handle))
+def test_in_a_forked_child_a_reader_discards_nothing(use: str) -> None:
+    with Writer(1, capacity=MIB) as writer, Reader(writer.address, 0) as reader:
+        outcome = in_child(partial(getattr(reader, use), writer.publish(big(1))))
+    del writer, reader
     assert outcome == "ClosedError"
 
 
@@ -700,12 +701,11 @@ def _under_locks(writer: Writer, reader: Reader, use: Callable[[], object]) -> s
     held, enough = threading.Event(), threading.Event()
 
     def hold() -> None:
-        for lock in locks:
-            lock.acquire()
-        held.set()
-        enough.wait()
-        for lock in reversed(locks):
-            lock.release()
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            enough.wait()
 
     thread = threading.Thread(target=hold)
     thread.start()
@@ -737,15 +737,12 @@ def test_a_fork_while_another_thread_holds_every_lock(writer: Writer, reader: Re
     assert values(reader.open(handle)) == {1}
 
 
-@pytest.mark.xfail(strict=True, reason="in a child, Reader.stats and discard wait for a lock that nobody will release")
 @pytest.mark.parametrize("use", ["stats", "discard", "discard_below"])
-def test_a_fork_under_locks_hangs_in_nothing(
-    writer: Writer, reader: Reader, use: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(globals(), "DEADLINE_SECONDS", 3.0)  # while this is expected to fail
-    handle = writer.publish(big(1), readers=[0])
-    arguments = () if use == "stats" else (handle,)
-    outcome = _under_locks(writer, reader, partial(getattr(reader, use), *arguments))
+def test_a_fork_under_locks_hangs_in_nothing(use: str) -> None:
+    with Writer(1, capacity=MIB) as writer, Reader(writer.address, 0) as reader:
+        arguments = () if use == "stats" else (writer.publish(big(1)),)
+        outcome = _under_locks(writer, reader, partial(getattr(reader, use), *arguments))
+    del writer, reader
     assert outcome != "still busy at the deadline"
 
 
@@ -770,7 +767,7 @@ def test_threads_release_at_once_while_others_open(writer: Writer, reader: Reade
                     continue
                 kept += [(value, end.open(handle)[0][i:]), (value, end.open(handle)[0].numpy())]  # type: ignore[index]
             if i % 3 == 0:
-                kept[0][1][:] = value
+                kept[-1][1][:] = value  # makes its pages private
             wrong.extend((value, values(view)) for value, view in kept if values(view) != {value})
             if len(kept) > 3:
                 kept.clear()
@@ -898,7 +895,6 @@ def empty_under_mlockall() -> list[set[int]]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.xfail(strict=True, reason="a listed block's header is as old as empty(), so that stale pages are not seen")
 def test_memory_of_empty_is_not_stale_under_mlockall(ranks: Ranks) -> None:
     [seen] = ranks.start_each(empty_under_mlockall, [()]).results()
     if not seen:

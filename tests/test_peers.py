@@ -231,9 +231,15 @@ def test_a_forked_child_does_not_keep_the_seat_of_its_dead_parent(file: int) -> 
 
 def test_a_forked_child_gives_nothing_up_for_its_parent(file: int) -> None:
     os.ftruncate(file, 4096)
-    code = FORKS.replace("signal.pause()", 'os.wait()\nprint(is_taken(os.open(f"/proc/self/fd/{fd}", 2), 3))')
-    code = code.replace("sys.stdin.read()", "seat.release()")
+    child = """
+    numbers = [os.open("/dev/zero", os.O_RDONLY) for _ in range(9)]
+    seat.release()
+    # None of the descriptors that have the old numbers now was closed.
+    os._exit(any(os.read(number, 1) != bytes(1) for number in numbers))
+"""
+    code = FORKS.replace("    sys.stdin.read()\n    os._exit(0)\n", child)
+    code = code.replace("signal.pause()", 'print(os.wait()[1], is_taken(os.open(f"/proc/self/fd/{fd}", 2), 3))')
     process = start(code, file, fds=(file,))
-    assert (line(process.stdout), line(process.stdout)) == ("child", "True")
+    assert (line(process.stdout), line(process.stdout)) == ("child", "0 True")
     end(process)
     assert not is_taken(file, 3)

@@ -269,7 +269,6 @@ def test_a_killed_writer_is_swept_and_a_living_one_is_not() -> None:
     assert names(stem) == []
     assert len(names(living.address.stem[1:])) == 4
     living.close()
-    living._idle.join()
 
 
 @pytest.mark.faults

@@ -236,9 +236,16 @@ def test_the_least_of_all_sources(machine: Machine) -> None:
     assert machine.room() == Room(GIB, "MemAvailable")
 
 
-@pytest.mark.xfail(strict=True, reason="memory.high, above which the kernel throttles a process, is not looked at")
-def test_the_throttle_of_a_group_counts_as_its_limit(machine: Machine) -> None:
+@pytest.mark.parametrize(("high", "free"), [(2 * GIB, GIB), ("max", 7 * GIB), (9 * GIB, 7 * GIB)])
+def test_the_throttle_of_a_group_counts_as_its_limit(machine: Machine, high: int | str, free: int) -> None:
     inner = group(machine.mount(2) / "a", 8 * GIB, GIB)
-    (inner / "memory.high").write_text(f"{2 * GIB}\n")
+    (inner / "memory.high").write_text(f"{high}\n")
     machine.member("/a")
-    assert machine.room().free == GIB
+    assert machine.room() == Room(free, f"the memory limit of {inner}")
+
+
+def test_the_throttle_of_a_group_without_limit_counts_too(machine: Machine) -> None:
+    inner = group(machine.mount(2) / "a", "max", GIB)
+    (inner / "memory.high").write_text(f"{3 * GIB}\n")
+    machine.member("/a")
+    assert machine.room().free == 2 * GIB

@@ -34,8 +34,8 @@ class Encoded(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pieces."""
-        return sum(piece.source.numel() for piece in self.pieces)
+        """Bytes of the pieces, with what aligns them."""
+        return sum(piece.lead + piece.source.numel() for piece in self.pieces)
 
 
 class _Marker:

@@ -112,8 +112,8 @@ def transformers_processor(max_pixels: int = MAX_PIXELS) -> Processor:
 
     Raises ImportError where the package is missing, or cannot be loaded in this environment.
     """
-    module = importlib.import_module("transformers")
     try:
+        module = importlib.import_module("transformers")
         # Since release 5 the plain name is a processor on torchvision.
         kind = getattr(module, "Qwen2VLImageProcessorPil", None) or module.Qwen2VLImageProcessor
         process = kind(min_pixels=MIN_PIXELS, max_pixels=max_pixels)

@@ -64,21 +64,30 @@ class Memory(NamedTuple):
     added: int
 
 
-class Call(NamedTuple):
-    """One way, once, as one rank saw it. Times are of CLOCK_MONOTONIC, one clock for all processes of a machine.
+class Span(NamedTuple):
+    """From when to when, in seconds of CLOCK_MONOTONIC: one clock for all processes of a machine."""
 
-    `fn` is the seconds that `fn` took here, None where it did not run; `cpu` the seconds of this process on all
-    processors. `memory` is None but in the round that measures nothing else.
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long."""
+        return self.end - self.start
+
+
+class Call(NamedTuple):
+    """One way, once, as one rank saw it: times and no memory, or (untimed) memory and no times.
+
+    `fn` is None where it did not run here; `cpu` the seconds of this process on all processors.
     """
 
     way: str
-    timed: bool
-    start: float
-    end: float
-    cpu: float
-    fn: float | None
-    memory: Memory | None
     fingerprint: str
+    whole: Span | None = None
+    fn: Span | None = None
+    cpu: float = 0.0
+    memory: Memory | None = None
 
 
 class Report(NamedTuple):
@@ -177,15 +186,15 @@ def _phases(rounds: int) -> list[tuple[str, Callable[[Way, _Ends, Raw | None], C
 
 
 class _Ends:
-    """The ways as functions over one group, with the same `fn`, and how long that took."""
+    """The ways as functions over one group, with the same `fn`, and when that ran."""
 
     def __init__(self, copying: Broadcaster, referring: Broadcaster) -> None:
         self._copying, self._referring = copying, referring
-        self.fn_seconds: float | None = None
+        self.fn_span: Span | None = None
 
     def run(self, way: Way, raw: Raw | None) -> MultimodalInputs:
         """`raw` is None where this rank does not have it."""
-        self.fn_seconds = None
+        self.fn_span = None
         call: Callable[[Any], MultimodalInputs] = {
             "alone": self._fn,
             "object_list": self._object_list,
@@ -197,7 +206,7 @@ class _Ends:
     def _fn(self, raw: Raw) -> MultimodalInputs:
         start = time.monotonic()
         made = MultimodalInputs.from_dict(raw)
-        self.fn_seconds = time.monotonic() - start
+        self.fn_span = Span(start, time.monotonic())
         return made
 
     def _object_list(self, raw: Raw | None) -> MultimodalInputs:
@@ -223,7 +232,7 @@ def _timed(way: Way, ends: _Ends, template: Raw | None) -> Call:
     # Threads may be at work for this call while it has returned here; when all ranks are through, they are too.
     dist.barrier()
     cpu = time.process_time() - cpu
-    return Call(way.key, True, start, end, cpu, ends.fn_seconds, None, fingerprint(made))
+    return Call(way.key, fingerprint(made), Span(start, end), ends.fn_span, cpu)
 
 
 def _weighed(way: Way, ends: _Ends, template: Raw | None) -> Call:
@@ -234,7 +243,7 @@ def _weighed(way: Way, ends: _Ends, template: Raw | None) -> Call:
     # This reads every byte, which may take memory too.
     seen = fingerprint(made)
     memory = Memory(prepared - before, private_bytes() - prepared)
-    return Call(way.key, False, 0.0, 0.0, 0.0, ends.fn_seconds, memory, seen)
+    return Call(way.key, seen, memory=memory)
 
 
 def fingerprint(made: MultimodalInputs) -> str:

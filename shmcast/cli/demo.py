@@ -84,7 +84,8 @@ def _read(files: tuple[Path, ...], max_pixels: int | None, progress: _Progress, 
     progress.say("reading files")
     parts, left_out = _inputs.read_request(files, processor, most)
     refused += left_out
-    _say_refused(refused)
+    for each in left_out:
+        progress.note(f"{_printable(each.file)} {_printable(each.reason)}")
     if not parts:
         raise _Stop("nothing is left to send: none of what was named can be used")
     return _inputs.build_request(parts, refused, processor.name)
@@ -125,12 +126,6 @@ def _fail(message: str, refused: Iterable[Refused], as_json: bool) -> NoReturn:
     raise click.exceptions.Exit(1)
 
 
-def _say_refused(refused: Iterable[Refused]) -> None:
-    """A line for each file that does not go along."""
-    for each in refused:
-        click.echo(f"shmcast: {_printable(each.file)} {_printable(each.reason)}", err=True)
-
-
 def _printable(text: str) -> str:
     """The text, as one line, with nothing in it that a terminal would obey."""
     return "".join(
@@ -143,6 +138,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self._advance: Callable[[str, int | None, bool], None] = self._line
+        self._print: Callable[[str], None] = _to_stderr
         self._last = ""
 
     @contextmanager
@@ -163,7 +159,13 @@ class _Progress:
                 bar.update(task, description=text, advance=int(step), total=total)
 
             self._advance = advance
+            # Through the bar, which else would be in the way.
+            self._print = lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
             yield
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._print(f"shmcast: {text}")
 
     def say(self, text: str) -> None:
         """A phase of unknown length."""
@@ -181,4 +183,8 @@ class _Progress:
         phase = text.partition(":")[0]
         if phase != self._last:
             self._last = phase
-            click.echo(f"shmcast: {phase}", err=True)
+            _to_stderr(f"shmcast: {phase}")
+
+
+def _to_stderr(text: str) -> None:
+    click.echo(text, err=True)
