@@ -36,7 +36,7 @@ from shmcast._ring import Outbox
 from shmcast._room import Room
 from shmcast._tickets import Held
 from shmcast._wire import Address, Handle
-from shmcast.errors import ArenaFull, ClosedError, LayoutError
+from shmcast.errors import ArenaFull, ClosedError, LayoutError, ShmcastError
 
 SHM = Path("/dev/shm")
 STEP = 8 * PAGE
@@ -828,6 +828,34 @@ def test_a_name_that_somebody_else_took_is_spared(stage: Stage) -> None:
     assert names(arena) == []
 
 
+# --- calls in the middle of calls
+
+
+def test_a_finalizer_in_the_middle_of_a_call_may_withdraw(stage: Stage) -> None:
+    arena = stage.arena()
+    handle = publish(arena, 0)
+    with arena._lock:
+        arena.withdraw(handle)
+        assert arena._blocks.live == 1
+    arena.drain()
+    assert arena.usage()[0] == 0
+
+
+@pytest.mark.parametrize("name", ["drain", "reclaim", "held", "alive", "usage"])
+def test_a_call_in_the_middle_of_another_is_an_error_and_no_deadlock(stage: Stage, name: str) -> None:
+    arena = stage.arena()
+    call = getattr(arena, name)
+    with arena._lock, pytest.raises(ShmcastError, match="in the middle of another call"):
+        call()
+    call()
+    thread = threading.Thread(target=call)
+    with arena._lock:
+        # Another thread only waits.
+        thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
 # --- readers that leave or die
 
 
@@ -877,6 +905,25 @@ def test_what_the_dead_said_last_is_heard(stage: Stage) -> None:
     full(arena)
     one.bad(1)
     one.die()
+    arena.reclaim()
+    assert arena._retired == {1}
+
+
+def test_what_a_reader_says_between_the_drain_and_its_death_is_heard(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = stage.arena(capacity=2 * STEP)
+    hand = stage.hand(arena)
+    fill(arena)
+    full(arena)
+
+    def last_words(fd: int, byte: int) -> bool:
+        if hand.index == byte and not arena._retired:
+            hand.bad(1)
+            hand.die()
+        return is_taken(fd, byte)
+
+    monkeypatch.setattr(_arena, "is_taken", last_words)
     arena.reclaim()
     assert arena._retired == {1}
 

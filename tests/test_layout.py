@@ -532,6 +532,8 @@ def test_a_block_header_alone_tells_which_use_it_is() -> None:
         _layout.check_block(head, 2**63 + 5, len(block) + 1)
     with pytest.raises(LayoutError, match="cannot hold"):
         _layout.check_block(head[:63], 2**63 + 5, len(block))
+    with pytest.raises(LayoutError, match=f"{LENGTH - 63} of them skeleton"):
+        _layout.check_block(put(bytearray(head), BLOCK, skeleton=LENGTH - 63), 2**63 + 5, len(block))
     _layout.mark_withdrawn(block)
     with pytest.raises(Stale, match="withdrawn"):
         _layout.check_block(bytes(block[:64]), 2**63 + 5, len(block))
@@ -551,7 +553,7 @@ def test_a_stamp_counts_and_changes_nothing_else() -> None:
     before, block.stores = bytes(block), []
     for count in (1, 2, 3):
         _layout.stamp_payload(block, base=100)
-        assert block == before[:128] + count.to_bytes(4, "little") + before[132:]
+        assert bytes(block) == before[:128] + count.to_bytes(4, "little") + before[132:]
         assert parse_block(memoryview(block)[100:], 7, BlockKind.PAYLOAD) == b""
     assert block.stores == [(128, 132)] * 3
 

@@ -63,7 +63,8 @@ class _Group:
         with _children_deaf_to_ctrl_c():
             for rank in range(self._plan.ranks):
                 ours, theirs = spawn.Pipe(duplex=False)
-                process = spawn.Process(target=serve, args=(rank, self._plan, theirs, os.getpid()), daemon=True)
+                arguments = (rank, self._plan, theirs, os.getpid())
+                process = spawn.Process(target=serve, args=arguments, name=f"demo-rank-{rank}", daemon=True)
                 self._pipes.append(ours)
                 self._processes.append(process)
                 process.start()
