@@ -126,7 +126,7 @@ class Follower:
             obj, size = unpack_inline(sent.inline, self._allow, leaves), sent.inline.numel()
         elif sent.handle is not None and self._reader is not None:
             try:
-                obj, size = self._reader.fetch(sent.handle, leaves)
+                obj, size = self._reader.fetch(sent.handle, leaves, from_header=True)
             except BaseException:
                 self._reader.discard(sent.handle)
                 raise

@@ -103,10 +103,6 @@ STAMP_OFFSET: Final = 28
 STAMP_END: Final = 32
 
 
-class Damaged(LayoutError):
-    """Bytes of a segment that its writer cannot have written: the segment is not to be used any more."""
-
-
 class Stale(LayoutError):
     """A block in another use than the one that is meant, or withdrawn: in good order, but not for this reader."""
 
@@ -356,7 +352,7 @@ def check_block(head: Bytes, generation: int, length: int) -> None:
         raise LayoutError(f"{len(head)} bytes cannot hold a block header of {BLOCK.size}")
     magic, found, found_length, kind, _, size, _ = BLOCK.unpack_from(head)
     if magic != BLOCK_MAGIC:
-        raise Damaged(f"no block here: its magic is {magic!r}")
+        raise Stale(f"no block starts here: its magic is {magic!r}")
     if found != generation:
         raise Stale(f"the block is at generation {found}, not {generation}")
     if kind == BlockKind.WITHDRAWN:
@@ -373,7 +369,7 @@ def parse_block(block: Bytes, generation: int, kind: BlockKind) -> bytes:
         raise LayoutError(f"the block is of kind {found_kind}, not {kind}")
     skeleton = bytes(block[BLOCK.size : BLOCK.size + size])
     if len(skeleton) != size or crc != _block_checksum(block[: BLOCK.size], skeleton):
-        raise Damaged("the checksum of the block does not fit its header and skeleton")
+        raise LayoutError("the checksum of the block does not fit its header and skeleton")
     return skeleton
 
 

@@ -33,7 +33,6 @@ from shmcast._layout import (
     SEGMENTS_OFFSET,
     WORD,
     BlockKind,
-    Damaged,
     Descriptor,
     EntryKind,
     Kind,
@@ -160,7 +159,6 @@ class Leases:
             return Opened(hold, message.stream, pieces)
         except BaseException as error:
             hold.end()
-            self._report(error, handle.where)
             if isinstance(error, Stale):
                 raise StaleHandle(f"{handle.where}: {error}") from None
             raise
@@ -181,6 +179,12 @@ class Leases:
             self._check_open()
             self._floor = max(self._floor, below)
             self._post_later(EntryKind.DISCARDED, below)
+
+    def report(self, segment: int) -> None:
+        """Have the writer use a segment no more."""
+        with self._lock:
+            if not self._closing:
+                self._post_later(EntryKind.BAD, segment)
 
     def writer_lives(self) -> bool:
         """Whether the writer still holds its lock."""
@@ -233,16 +237,7 @@ class Leases:
             check_block(head, where.generation, where.length)
         except Stale as error:
             raise StaleHandle(f"{where}: {error}") from None
-        except Damaged as error:
-            self._report(error, where)
-            raise
         return head
-
-    def _report(self, error: BaseException, where: Descriptor) -> None:
-        """Tell the writer of a segment that holds what it cannot have written."""
-        if isinstance(error, Damaged):
-            with self._lock:
-                self._post_later(EntryKind.BAD, where.segment)
 
     def _check_inherited(self) -> None:
         """A forked child takes no lock: a thread that is not here may have held it."""

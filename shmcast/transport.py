@@ -23,7 +23,7 @@ from shmcast._arena import Arena
 from shmcast._codec import Allow, Encoded, Leaves, decode, encode
 from shmcast._layout import BLOCK, MAX_READERS, MAX_TICKETS, BlockKind, Message, parse_message, plan_message
 from shmcast._lease import Leases
-from shmcast.errors import ClosedError, EncodeError, LayoutError
+from shmcast.errors import ClosedError, EncodeError, LayoutError, StaleHandle
 from shmcast.metrics import Counters, ReaderLeases, Stats
 from shmcast.policy import Policy
 
@@ -275,9 +275,17 @@ class Reader:
         self._counters.message("shm", size)
         return obj
 
-    def fetch(self, handle: Handle, leaves: Leaves | None = None) -> tuple[object, int]:
-        """`open` for a message that may refer to `leaves`; also the bytes of its pieces, and counts nothing."""
-        opened = self._leases.open(handle)
+    def fetch(self, handle: Handle, leaves: Leaves | None = None, *, from_header: bool = False) -> tuple[object, int]:
+        """`open` for a message that may refer to `leaves`; also the bytes of its pieces, and counts nothing.
+
+        `from_header`: the handle came straight from its writer, so that what does not fit is the segment's fault.
+        """
+        try:
+            opened = self._leases.open(handle)
+        except (LayoutError, StaleHandle):
+            if from_header:
+                self._leases.report(handle.where.segment)
+            raise
         try:
             obj = decode(opened.stream, opened.pieces, self._allow, leaves)
             return obj, sum(piece.numel() for piece in opened.pieces)
