@@ -21,6 +21,7 @@ from rich.console import Console
 from shmcast.cli import _inputs, _pixels, _rank, _report, _run, command_line
 from shmcast.cli._inputs import Part, Request, build_request
 from shmcast.cli._rank import WAYS, Call, Memory, Report, Span, fingerprint
+from shmcast.cli.demo import size_of
 from shmcast.multimodal import MultimodalInputs
 from tests.support.ranks import Ranks
 
@@ -96,9 +97,7 @@ def test_the_default_that_help_gives_is_the_one_that_is_used() -> None:
     ("text", "size"), [("1048576", 1 << 20), ("256M", 256 << 20), ("2g", 2 << 30), ("64MiB", 64 << 20), ("1T", 1 << 40)]
 )
 def test_sizes(text: str, size: int) -> None:
-    from shmcast.cli.demo import Size
-
-    assert Size().convert(text, None, None) == size
+    assert size_of(None, None, text) == size
 
 
 def test_when_nothing_is_left_it_says_so_and_fails(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def damage(what: str) -> Callable[[Patch, int], None]:
         def damaged(self: _control.GroupControl, header: Any) -> None:
             if header.handle is not None:
                 where = header.handle.where
-                writers[0]._arena.segment(where.segment).map[where.offset + FIELDS[what]] ^= 0x5A
+                writers[0]._arena._segments[where.segment].map[where.offset + FIELDS[what]] ^= 0x5A
                 patch.undo()
             send(self, header)
 
@@ -221,6 +221,7 @@ UNREADABLE = {"holds": (OK, OK, OK), "sends": (OK, LayoutError, LayoutError), "a
 UNREADABLE_HERE = {"holds": (OK, OK, OK), "sends": (OK, LayoutError, OK), "agree": (OK, OK, OK)}
 STALE = {"holds": (OK, OK, OK), "sends": (OK, StaleHandle, StaleHandle), "agree": (OK, OK, OK)}
 STOPPED = (KeyboardInterrupt, MaterializeError, MaterializeError)
+OTHERS_RAISED: tuple[str | None, str | None, str | None] = (None, "raised", "raised")
 READERS: tuple[str | None, str | None, str | None] = (None, "open", "open")
 
 CASES = {
@@ -229,12 +230,8 @@ CASES = {
     "fn raises always": Case(
         {**RAISED, "holds": (ValueError, ValueError, ValueError)}, "raised", lambda: fails(ValueError("always"))
     ),
-    "fn is interrupted": Case(dict.fromkeys(POLICIES, STOPPED), "raised", lambda: fluke(KeyboardInterrupt())),
-    "fn exits": Case(
-        dict.fromkeys(POLICIES, (SystemExit, MaterializeError, MaterializeError)),
-        "raised",
-        lambda: fluke(SystemExit(3)),
-    ),
+    "fn is interrupted": Case(dict.fromkeys(POLICIES, STOPPED), OTHERS_RAISED, lambda: fluke(KeyboardInterrupt())),
+    "fn exits": Case(dict.fromkeys(POLICIES, (SystemExit, *STOPPED[1:])), OTHERS_RAISED, lambda: fluke(SystemExit(3))),
     "cannot be encoded": Case(NOT_SENT, "encode", lambda: with_function),
     "class not allowed": Case(
         {**NOT_SENT, "sends": (NotAllowed, MaterializeError, MaterializeError)}, "encode", lambda: with_plain
@@ -251,8 +248,8 @@ CASES = {
     "skeleton": Case(UNREADABLE, READERS, late=damage("skeleton")),
     "kind": Case(UNREADABLE, READERS, late=damage("kind")),
     "generation": Case(STALE, READERS, late=damage("generation")),
-    "magic here": Case(UNREADABLE_HERE, (None, "open", None), late=damage_here("magic")),
-    "checksum here": Case(UNREADABLE_HERE, (None, "open", None), late=damage_here("checksum")),
+    "magic here": Case(ALL_OK, (None, None, None), late=damage_here("magic")),
+    "checksum here": Case(ALL_OK, (None, None, None), late=damage_here("checksum")),
     "skeleton here": Case(UNREADABLE_HERE, (None, "open", None), late=damage_here("skeleton")),
     "generation here": Case(ALL_OK, (None, None, None), late=damage_here("generation")),
     "inline fails too": Case(
@@ -304,10 +301,9 @@ def test_every_rank_has_the_object_or_the_error(ranks: Ranks, name: str, policy:
     if policy == "sends":
         key = tuple(None if each == "open" else each for each in key)  # an error, no fallback
     told = ranks.run(3, fall, name, POLICIES[policy])
-    results = tuple(each.kind if isinstance(each, Raised) else each for each, *_ in told)
-    assert results == case.results[policy]
-    for rank, (_, _, fallbacks, well, lines) in enumerate(told):
-        wanted = key[rank]
+    for rank, (got, _, fallbacks, well, lines) in enumerate(told):
+        result, wanted = case.results[policy][rank], key[rank]
+        assert got == OK if result is OK else issubclass(got.kind, result)
         assert set(fallbacks) == ({wanted} if wanted else set())
         assert bool(lines) == bool(wanted), "a fallback is logged"
         assert well is True, "the next call is as if nothing had been"
@@ -333,9 +329,6 @@ def routes(rank: int, policy: Policy, names: dict[str, str], sizes: list[int]) -
         return taken
 
 
-PINNED = "a pinned route gives way to inline_max or threshold"
-
-
 @pytest.mark.parametrize(
     ("policy", "names", "expected"),
     [
@@ -358,14 +351,12 @@ PINNED = "a pinned route gives way to inline_max or threshold"
             {},
             ["shm", "shm"],
             id="shm over inline_max",
-            marks=pytest.mark.xfail(strict=True, reason=PINNED),
         ),
         pytest.param(
             Policy(route="inline", threshold=2000),
             {},
             ["inline", "inline"],
             id="inline over threshold",
-            marks=pytest.mark.xfail(strict=True, reason=PINNED),
         ),
     ],
 )
@@ -456,9 +447,6 @@ def report_damage(rank: int) -> list[int]:
         return sorted(writer._arena._retired)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a block with a bad magic or checksum does not make the reader report its segment"
-)
 def test_damaged_bytes_are_reported_to_the_writer(ranks: Ranks) -> None:
     assert ranks.run(2, report_damage)[0] == [0]
 
@@ -491,17 +479,17 @@ class BrokenRaw(dict[str, Any]):
         raise RuntimeError("not today")
 
 
-NO_HEADER = "the entry rank raises before its header: the others wait for it until their timeout"
-
-
 @pytest.mark.parametrize(
     ("how", "entry", "others"),
     [
-        pytest.param("sparse", True, True, marks=pytest.mark.xfail(strict=True, reason=NO_HEADER)),
-        pytest.param("property", True, True, marks=pytest.mark.xfail(strict=True, reason=NO_HEADER)),
         pytest.param(
-            "put", KeyboardInterrupt, MaterializeError, marks=pytest.mark.xfail(strict=True, reason=NO_HEADER)
+            "sparse",
+            True,
+            True,
+            marks=pytest.mark.xfail(strict=True, reason="raw inputs that hold a sparse tensor end the call: no nbytes"),
         ),
+        ("property", True, True),
+        ("put", KeyboardInterrupt, MaterializeError),
     ],
 )
 def test_the_others_hear_of_it_whatever_stops_the_entry_rank(ranks: Ranks, how: str, entry: Any, others: Any) -> None:
@@ -526,10 +514,9 @@ def make_with_trouble(rank: int, how: str) -> Any:
         return group.route, same(group.materialize({"a": payload(1)}, double), double({"a": payload(1)}))
 
 
-@pytest.mark.xfail(strict=True, reason="an error of another kind than expected leaves the constructor before the vote")
 @pytest.mark.parametrize("how", EARLY)
 def test_whatever_keeps_a_rank_from_mapping_the_group_goes_on(ranks: Ranks, how: str) -> None:
-    assert ranks.run(3, make_with_trouble, how, check=False) == [(Route.LOCAL, True)] * 3
+    assert ranks.run(3, make_with_trouble, how) == [(Route.LOCAL, True)] * 3
 
 
 # What must not stay behind.
@@ -549,7 +536,6 @@ def interrupted_batch(rank: int) -> tuple[Any, int]:
         return got.kind, live
 
 
-@pytest.mark.xfail(strict=True, reason="what a batch published before it was interrupted is not withdrawn")
 def test_an_interrupted_batch_leaves_nothing_published(ranks: Ranks) -> None:
     assert ranks.run(2, interrupted_batch) == [(KeyboardInterrupt, 0), (MaterializeError, 0)]
 
@@ -586,18 +572,8 @@ def half_a_batch(rank: int, policy: Policy) -> tuple[Any, int]:
     ("policy", "victim"),
     [
         pytest.param(Policy(), True, id="holds"),
-        pytest.param(
-            Policy(peers_hold_raw=False),
-            LayoutError,
-            id="sends",
-            marks=pytest.mark.xfail(strict=True, reason="the rest of a batch that broke off is never given back"),
-        ),
-        pytest.param(
-            Policy(agree=True),
-            True,
-            id="agree",
-            marks=pytest.mark.xfail(strict=True, reason="a batch sent again inline does not say that it is a batch"),
-        ),
+        pytest.param(Policy(peers_hold_raw=False), LayoutError, id="sends"),
+        pytest.param(Policy(agree=True), True, id="agree"),
     ],
 )
 def test_a_batch_that_cannot_be_opened_is_given_back(ranks: Ranks, policy: Policy, victim: Any) -> None:
@@ -698,7 +674,6 @@ def go_on_alone(rank: int) -> list[Any]:
         return [outcome(lambda: group.materialize({"a": payload(1)}, double)) for _ in range(2)]
 
 
-@pytest.mark.xfail(strict=True, reason="with agree=True the entry rank runs fn alone once the control plane is broken")
 def test_with_agree_no_rank_goes_on_alone(ranks: Ranks) -> None:
     entry, _ = ranks.run(2, go_on_alone, dies={VICTIM})
     assert [each.kind for each in entry] == [PeerDied, PeerDied]
@@ -748,8 +723,24 @@ def test_a_rank_comes_late(ranks: Ranks, policy: str, late: int) -> None:
             assert calls[1] == {}, "a broken control plane is left alone"
 
 
+def leave(rank: int) -> Any:
+    """The bystander's collective fails: it leaves, and lives."""
+    with Patch.context() as patch, Broadcaster(hurried(), timeout=SHORT) as group:
+        if rank == OTHER:
+            patch.setattr(dist, "broadcast", fails(RuntimeError("broken")))
+        got = outcome(lambda: group.materialize({"a": payload(1)}, double))
+        assert same(got, double({"a": payload(1)}))
+        patch.undo()
+        told = None
+        if rank == ENTRY:
+            until(lambda: group.stats().leases[OTHER - 1].alive is False)
+            group._control._broken = RuntimeError("broken")  # type: ignore[union-attr]
+            told = outcome(lambda: group.broadcast(1))
+        dist.barrier()
+        return told
+
+
 @pytest.mark.xfail(strict=True, reason="PeerDied also names ranks that live and only gave up the control plane")
 def test_only_the_dead_are_called_dead(ranks: Ranks) -> None:
-    entry, *_ = ranks.run(3, come_late, AGREE, VICTIM)
-    told, *_ = entry
-    assert {each.kind for each in told} == {ShmcastError}
+    told, *_ = ranks.run(3, leave)
+    assert told.kind is ShmcastError

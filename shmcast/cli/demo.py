@@ -6,7 +6,7 @@ import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 _LEAST_CAPACITY: Final = 1 << 20
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes: 268435456, 256M, 256MiB, 1G."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The bytes that `value` stands for; at least a MiB."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d{1,15})([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
-        if found is None:
-            self.fail(f"{value!r} is not a size; examples: 268435456, 256M, 1G.", param, ctx)
-        size = int(found[1]) << 10 * (" KMGT".index(found[2].upper() or " "))
-        if size < _LEAST_CAPACITY:
-            self.fail(f"{value!r} is less than 1M.", param, ctx)
-        return size
+def size_of(ctx: click.Context | None, param: click.Parameter | None, text: str | None) -> int | None:
+    """A number of bytes, at least a MiB: 268435456, 256M, 256MiB, 1G."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,15})([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not a size; examples: 268435456, 256M, 1G.", ctx, param)
+    size = int(found[1]) << 10 * " KMGT".index(found[2].upper() or " ")
+    if size < _LEAST_CAPACITY:
+        raise click.BadParameter(f"{text!r} is less than 1M.", ctx, param)
+    return size
 
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path, readable=False))
 @click.option("--ranks", type=click.IntRange(2, 64), default=4, show_default=True, help="How many processes.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="After one that warms up.")
-@click.option("--capacity", type=Size(), help="The most shared memory, say 512M.  [default: a quarter of what is free]")
+@click.option(
+    "--capacity",
+    callback=size_of,
+    metavar="SIZE",
+    help="The most shared memory, say 512M.  [default: a quarter of what is free]",
+)
 @click.option("--max-pixels", type=int, help="The most pixels of a picture or frame.  [default: 1003520]")
 @click.option("--json", "as_json", is_flag=True, help="One object on standard output, nothing else there.")
 def demo(
