@@ -80,20 +80,35 @@ def run_ranks(
 
 def _gather(pipes: list[Connection], tell: Callable[[str], None]) -> list[Any]:
     results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        for pipe in wait([p for rank, p in enumerate(pipes) if rank not in results]):
-            rank = pipes.index(pipe)  # type: ignore[arg-type]
-            try:
-                kind, value = pipes[rank].recv()
-            except EOFError:
-                raise RanksFailed(f"rank {rank} died") from None
-            if kind == "failed":
-                raise RanksFailed(f"rank {rank}: {value}")
+    stories: list[str] = []
+    waiting = dict(enumerate(pipes))
+    while waiting:
+        # The first story is often that of a rank that waited for the one to blame: hear the others too.
+        ready = wait(list(waiting.values()), END_SECONDS if stories else None)
+        if not ready:
+            break
+        for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+            kind, value = _hear(waiting[rank])
+            if kind == "news":
+                if rank == 0:
+                    tell(value)
+                continue
+            del waiting[rank]
             if kind == "done":
                 results[rank] = value
-            elif rank == 0:
-                tell(value)
+            else:
+                stories.append(f"rank {rank}: {value}")
+    if stories:
+        raise RanksFailed("\n".join(stories))
     return [results[rank] for rank in range(len(pipes))]
+
+
+def _hear(pipe: Connection) -> tuple[str, Any]:
+    try:
+        kind, value = pipe.recv()
+    except EOFError:
+        return "failed", "died"
+    return kind, value
 
 
 def _end(processes: dict[Connection, SpawnProcess]) -> None:

@@ -325,7 +325,8 @@ class Arena:
             if pending:
                 return "a new segment waits for a reader to map it"
             need = PAGE + round_up(length, PAGE)
-            size = min(max(round_up(need, STEP), round_up(total // 2, STEP)), self.capacity - total)
+            # Room for two: while readers still hold one message of this size, the next one is under way.
+            size = min(max(round_up(2 * need, STEP), round_up(total // 2, STEP)), self.capacity - total)
             if size < need or len(self._segments) == MAX_SEGMENTS:
                 return f"the capacity of {self.capacity} bytes is used up"
             try:

@@ -15,7 +15,7 @@ from collections import deque
 from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakSet, finalize
+from weakref import WeakSet, finalize, ref
 
 import numpy as np
 import posix_ipc
@@ -83,6 +83,7 @@ class Lease:
         self.shared: list[Descriptor] = []
         self.places: dict[Descriptor, _Place] = {}
         self.exporters = 0
+        self.exporter: ref[object] | None = None  # one of them, to see whether any lives
         self.ends = 0
 
 
@@ -218,7 +219,7 @@ class Leases:
             self._look(handle)
             lease = Lease(self._next_ticket(handle))
             self._held.add(lease)
-            hold = Hold(lease, self._end)
+            hold = Hold(lease, self._end_decode)
             if not self._outbox.post(EntryKind.OPENED, lease.ticket):
                 raise ShmcastError(f"reader {self.index}: its writer has not looked at {RING_ENTRIES - 1} entries")
             return hold
@@ -300,6 +301,7 @@ class Leases:
             return torch.frombuffer(bytearray(place.mapping[start : start + length]), dtype=torch.uint8)
         exporter = np.frombuffer(place.mapping, np.uint8, length, start)
         lease.exporters += 1
+        lease.exporter = ref(exporter)
         finalize(exporter, self._end, lease).atexit = False
         return torch.frombuffer(exporter, dtype=torch.uint8)
 
@@ -310,6 +312,16 @@ class Leases:
         if not self.inherited:
             self._ended.put(lease)
             # The thread may have seen the lease in the queue, ended, and closed the semaphore by now.
+            with suppress(OSError, ValueError, posix_ipc.Error):
+                self._wake.release()
+
+    def _end_decode(self, lease: Lease) -> None:
+        """The decode holds the lease no more. While an exporter lives, its end will wake the thread, not this one."""
+        if lease.exporter is None or self.inherited:
+            self._end(lease)
+            return
+        self._ended.put(lease)
+        if lease.exporter() is None:
             with suppress(OSError, ValueError, posix_ipc.Error):
                 self._wake.release()
 

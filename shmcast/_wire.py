@@ -73,6 +73,9 @@ class Reason(IntEnum):
     DISABLED = 7
 
 
+LAST_REASON: Final = max(Reason)
+
+
 class Call(IntEnum):
     """Which collective call a header belongs to."""
 
@@ -238,7 +241,7 @@ def parse_header(raw: Bytes, sequence: int, call: Call, plane: int) -> Header:
         )
     if not HeaderRoute.SHM <= route <= HeaderRoute.NONE:
         raise LayoutError(f"header with unknown route {route}")
-    if reason > max(Reason):
+    if reason > LAST_REASON:
         raise LayoutError(f"header with unknown reason {reason}")
     return Header(
         HeaderRoute(route),

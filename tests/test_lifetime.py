@@ -140,7 +140,7 @@ DERIVED: dict[str, Callable[[torch.Tensor], object]] = {
     "one byte": lambda t: t[-1],
     "strided": lambda t: t[::3],
     "transposed": lambda t: _reshaped(t).T,
-    "last of a split": lambda t: t.split(1000)[-1],
+    "last of a split": lambda t: torch.split(t, 1000)[-1],
     "one of unbind": lambda t: _reshaped(t).unbind()[7],
     "expanded": lambda t: t[:1].expand(9, 5),
     "as_strided": lambda t: t.as_strided((7, 9), (100, 3), 11),
@@ -161,10 +161,10 @@ DERIVED: dict[str, Callable[[torch.Tensor], object]] = {
     "numpy view of a dtype": lambda t: t.numpy().view(np.float64)[1:].T,
     "numpy strides": lambda t: np.lib.stride_tricks.as_strided(t.numpy(), (5, 5), (10, 1)),
     "numpy and back": lambda t: torch.from_numpy(t.numpy()[1:])[1:],
-    "dlpack": lambda t: torch.from_dlpack(t),
+    "dlpack": lambda t: torch.utils.dlpack.from_dlpack(t),
     "numpy by dlpack": lambda t: np.from_dlpack(t),
     "array protocol": lambda t: np.asarray(t),
-    "memoryview": lambda t: memoryview(t.numpy())[5:],
+    "memoryview": lambda t: t.numpy().data[5:],
     "dict": lambda t: {**{"a": t[:9]}},
     "list in a tuple": lambda t: (1, [t])[1:],
     "cycle": Keeper,
@@ -243,7 +243,7 @@ def test_one_of_several_tensors_holds_the_whole_message(writer: Writer, reader: 
 
 def test_views_of_one_parent_hold_it_together(writer: Writer, reader: Reader) -> None:
     parent = big(0x5A, 64 * 4096)
-    views = reader.open(writer.publish(list(parent.split(4096)), readers=[0]))
+    views = reader.open(writer.publish(list(torch.split(parent, 4096)), readers=[0]))
     assert isinstance(views, list)
     kept = views[33]
     del views

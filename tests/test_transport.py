@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from shmcast import _lease, transport
-from shmcast._layout import MAX_TICKETS, PAGE, round_up
+from shmcast import _segment, transport
+from shmcast._layout import MAX_TICKETS, PAGE, Descriptor, round_up
 from shmcast._segment import STEP
 from shmcast._wire import Address, Handle
 from shmcast.errors import ArenaFull, ClosedError, EncodeError, LayoutError, NotAllowed, ShmcastError, StaleHandle
@@ -67,6 +67,12 @@ def settled(writer: Writer, blocks: int = 0) -> None:
 def names_of(writer: Writer) -> list[str]:
     """What the writer has in /dev/shm."""
     return [name for name in os.listdir("/dev/shm") if writer.address.token.hex() in name]
+
+
+def tensors_of(obj: object) -> list[torch.Tensor]:
+    """`obj`, which is a list of tensors."""
+    assert isinstance(obj, list)
+    return obj
 
 
 def error_of(use: Callable[[], object]) -> type[BaseException] | None:
@@ -128,7 +134,7 @@ def test_an_object_opens_as_it_was_published(writer: Writer, reader: Reader, oth
 
 def test_tensors_that_share_memory_share_it_in_the_reader(writer: Writer, reader: Reader) -> None:
     parent = torch.arange(100_000)
-    left, right = reader.open(writer.publish([parent[:60_000], parent[40_000:]]))  # type: ignore[misc]
+    left, right = tensors_of(reader.open(writer.publish([parent[:60_000], parent[40_000:]])))
     left[50_000] = -1
     assert right[10_000] == -1
 
@@ -493,14 +499,13 @@ def test_a_damaged_handle_is_no_handle(writer: Writer, at: int) -> None:
 
 def test_a_closed_writer(writer: Writer, reader: Reader) -> None:
     handle = writer.publish(big(1))
-    assert reader.writer_lives
+    lived = reader.writer_lives
     writer.close()
     writer.close()
-    for use in (lambda: writer.publish(1), lambda: writer.empty((2,)), writer.stats, writer.settle):
-        with pytest.raises(ClosedError):
-            use()
+    uses = (lambda: writer.publish(1), lambda: writer.empty((2,)), writer.stats, writer.settle)
+    assert [error_of(use) for use in uses] == [ClosedError] * 4
     writer.withdraw(handle)
-    assert not reader.writer_lives
+    assert (lived, reader.writer_lives) == (True, False)
     assert names_of(writer) == []
 
 
@@ -544,7 +549,7 @@ def test_the_ends_close_when_their_block_is_left_by_an_error() -> None:
     with pytest.raises(ClosedError):
         writer.publish(1)
     with pytest.raises(ClosedError):
-        reader.open(Handle(writer.address.token, 0, _lease.Descriptor(0, PAGE, 64, 1), 1, 1, 1))
+        reader.open(Handle(writer.address.token, 0, Descriptor(0, PAGE, 64, 1), 1, 1, 1))
 
 
 def test_closed_by_another_thread_during_a_publish(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -694,7 +699,7 @@ def test_views_of_a_tensor_of_empty_are_not_copied(writer: Writer, reader: Reade
         assert free - writer.stats().free_bytes <= 2 * PAGE
         assert same(reader.open(handle), view)
         released(reader)
-    left, right = reader.open(writer.publish([tensor[:300], tensor[200:]], readers=[0]))  # type: ignore[misc]
+    left, right = tensors_of(reader.open(writer.publish([tensor[:300], tensor[200:]], readers=[0])))
     left[250] = 0
     assert not right[50].any()
 
@@ -906,7 +911,7 @@ def test_a_segment_that_a_reader_cannot_map_is_not_used(
     with Writer(1, capacity=STEP + MIB, policy=AT_ONCE) as writer, Reader(writer.address, 0) as reader:
         until(lambda: not names_of(writer), "the first segments have no name")
         filled = _fill_first_segment(writer)
-        monkeypatch.setattr(_lease._segment, "attach", refuse)
+        monkeypatch.setattr(_segment, "attach", refuse)
         with caplog.at_level(logging.WARNING, "shmcast"), pytest.raises(ArenaFull):
             writer.publish(big(1))
         until(lambda: "no mapping today" in caplog.text, "the reader says why")

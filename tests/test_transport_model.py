@@ -117,20 +117,22 @@ class Transport(RuleBasedStateMachine):
         tensors += [empty.tensor for empty in listed if empty.tensor is not None]
         contents += [(LARGE, empty.value) for empty in listed]
         readers = [index for index in range(2) if mask >> index & 1]
+        room = self.settled().largest_free_block  # when releases arrive decides where blocks lie: not left to chance
         try:
             handle = self.writer.publish(tensors, readers=readers, opens=opens)
         except ArenaFull:
-            assert self.settled().largest_free_block < sum(sizes) + 2 * PAGE
+            assert room < sum(sizes) + 2 * PAGE
             return
         unopened = [opens if index in readers else 0 for index in range(2)]
         self.messages.append(Message(handle, contents, listed, unopened))
 
     @rule(value=numbers)
     def empty(self, value: int) -> None:
+        room = self.settled().largest_free_block
         try:
             tensor = self.writer.empty((LARGE,), torch.uint8)
         except ArenaFull:
-            assert self.settled().largest_free_block < LARGE + 2 * PAGE
+            assert room < LARGE + 2 * PAGE
             return
         self.empties.append(Empty(tensor.fill_(value % 256), value % 256))
 
