@@ -150,10 +150,10 @@ class Arena:
         if block is not None:
             return block
         trouble = self._grow(length) if self._room(readers, opens) else f"a reader holds {MAX_TICKETS} leases, the most"
-        self.reclaim()
         deadline = time.monotonic() + wait
         pause = 0.0
         while True:
+            self.reclaim()
             block = self._try(length, readers, opens)
             if block is not None:
                 return block
@@ -250,6 +250,10 @@ class Arena:
                 False if not peer.listens else is_taken(self._control.fd, i) if peer.inbox.taken() else None
                 for i, peer in enumerate(self._peers)
             )
+
+    def died(self) -> tuple[int, ...]:
+        """The readers that died, as far as `reclaim` knows; not those that left."""
+        return tuple(i for i, peer in enumerate(self._peers) if peer.dead and not peer.left)
 
     def usage(self) -> tuple[int, int, int, int]:
         """Live blocks, free bytes, largest free block, bytes of all segments."""

@@ -235,9 +235,8 @@ class Entry:
         return run()
 
     def _gone(self) -> ShmcastError:
-        lives = self._writer.settle() if self._writer is not None else ()
         ranks = [rank for rank in range(self._control.size) if rank != self._control.src]
-        dead = [rank for rank, alive in zip(ranks, lives, strict=False) if alive is False]
+        dead = [ranks[reader] for reader in self._writer.settle()] if self._writer is not None else []
         if dead:
             return PeerDied(f"rank {', '.join(map(str, dead))} of the group is gone: {self._control.broken}")
         return ShmcastError(f"the control plane failed on rank {self._control.rank}: {self._control.broken}")

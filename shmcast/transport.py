@@ -175,11 +175,11 @@ class Writer:
             self._closed = True
             self._arena.close()
 
-    def settle(self) -> tuple[bool | None, ...]:
-        """Hear the readers and unlink what all have mapped; for each whether it lives (None: not come)."""
+    def settle(self) -> tuple[int, ...]:
+        """Hear the readers, unlink what all have mapped, take back what the dead hold; who died."""
         self._check_open()
         self._arena.reclaim()
-        return self._arena.alive()
+        return self._arena.died()
 
     def __enter__(self) -> Writer:
         return self

@@ -462,6 +462,7 @@ def test_the_last_finalizer_may_come_after_the_thread_has_ended(monkeypatch: pyt
                 return self.queue.get_nowait()
 
         kept = [reader.open(writer.publish(big(1)))]
+        reader._leases._wake.release()  # a decode's end waits for the last exporter's to wake the thread
         until(lambda: reader._leases._ended.empty(), "the decode's end was seen")
         with monkeypatch.context() as patch:
             patch.setattr(reader._leases, "_ended", SlowQueue())

@@ -86,7 +86,7 @@ def stream(door: str, from_empty: bool) -> tuple[Usage, Usage]:
     with Writer(1, capacity=64 * MIB, policy=PATIENT) as writer, Client(door) as pipe:
         pipe.send(writer.address)
         assert pipe.recv() == "attached"
-        until(lambda: writer.settle() == (True,) and not Usage.now(writer.address).names, "no name is left")
+        until(lambda: writer.stats().leases[0].alive is True and not Usage.now(writer.address).names, "no name is left")
         for number in range(MESSAGES):
             if number in (WARM, MESSAGES - 1):
                 usages.append(Usage.now(writer.address, writer.stats().segment_bytes))

@@ -349,6 +349,29 @@ def test_a_publish_takes_back_what_the_dead_hold(ranks: Ranks) -> None:
 
 
 @pytest.mark.faults
+def test_a_publish_that_waits_takes_back_what_the_dying_hold(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Writer(1, capacity=MIB, policy=Policy(wait=5)) as writer, Stage(ranks, 1) as (killed,):
+        killed("read", writer.address, 0)
+        assert killed("open", 0, writer.publish(torch.full((5 * BIG,), 1, dtype=torch.uint8))) == {1}
+        sleep = time.sleep
+
+        def kill_first(seconds: float) -> None:
+            """The publish waits: now."""
+            if not killed.dead:
+                killed.kill()
+            sleep(seconds)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "sleep", kill_first)
+            try:
+                published = writer.publish(torch.full((5 * BIG,), 2, dtype=torch.uint8)).readers == 0
+            except ArenaFull:
+                published = False
+    del writer
+    assert published
+
+
+@pytest.mark.faults
 @pytest.mark.slow
 def test_others_go_on_when_a_reader_is_killed_in_the_middle(ranks: Ranks) -> None:
     with Writer(3, capacity=16 * MIB, policy=PATIENT) as writer, Stage(ranks, 3) as puppets:

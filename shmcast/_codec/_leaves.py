@@ -70,7 +70,8 @@ class Leaves:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors and arrays among the leaves."""
-        return sum(leaf.nbytes for leaf in self.objects if isinstance(leaf, (torch.Tensor, np.ndarray)))
+        plain = (leaf for leaf in self.objects if not isinstance(leaf, torch.Tensor) or is_plain(leaf))
+        return sum(leaf.nbytes for leaf in plain if isinstance(leaf, (torch.Tensor, np.ndarray)))
 
     @classmethod
     def walk(cls, raw: object) -> Leaves:
