@@ -444,7 +444,7 @@ def report_damage(rank: int, what: str) -> bool:
         group.materialize({"a": payload(1)}, double)
         writer = group._writer
         if writer is not None:
-            until(lambda: bool(writer.settle()) and not writer._arena._blocks.usable(0))
+            until(lambda: writer.settle() == () and not writer._arena._blocks.usable(0))
         got = group.materialize({"a": payload(2)}, double)
         dist.barrier()
         return torch.equal(got["a"], payload(2) * 2)

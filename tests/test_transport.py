@@ -915,7 +915,7 @@ def test_a_segment_that_a_reader_cannot_map_is_not_used(
         with caplog.at_level(logging.WARNING, "shmcast"), pytest.raises(ArenaFull):
             writer.publish(big(1))
         until(lambda: "no mapping today" in caplog.text, "the reader says why")
-        until(lambda: bool(writer.settle()) and not names_of(writer), "a segment that nobody will use has no name")
+        until(lambda: writer.settle() == () and not names_of(writer), "a segment that nobody will use has no name")
         with pytest.raises(ArenaFull):
             writer.publish(big(1))
         del filled
