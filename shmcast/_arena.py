@@ -108,7 +108,7 @@ class Arena:
         self.capacity = default_capacity() if capacity is None else capacity
         self.clock = clock
         self._lock = _Turn()
-        self._growing = threading.Lock()
+        self._growing = _Turn()
         self._stop = threading.Event()
         self._blocks = Blocks()
         self._tickets = Tickets(readers)

@@ -311,19 +311,19 @@ class Leases:
         """One holder of the lease is gone. Runs in finalizers: any thread, any lock held."""
         if not self.inherited:
             self._ended.put(lease)
-            # The thread may have seen the lease in the queue, ended, and closed the semaphore by now.
-            with suppress(OSError, ValueError, posix_ipc.Error):
-                self._wake.release()
+            self._rouse()
 
     def _end_decode(self, lease: Lease) -> None:
         """The decode holds the lease no more. While an exporter lives, its end will wake the thread, not this one."""
-        if lease.exporter is None or self.inherited:
-            self._end(lease)
-            return
-        self._ended.put(lease)
-        if lease.exporter() is None:
-            with suppress(OSError, ValueError, posix_ipc.Error):
-                self._wake.release()
+        if not self.inherited:
+            self._ended.put(lease)
+            if lease.exporter is None or lease.exporter() is None:
+                self._rouse()
+
+    def _rouse(self) -> None:
+        """Wake the thread; it may have seen the last lease in the queue, ended, and closed the semaphore by now."""
+        with suppress(OSError, ValueError, posix_ipc.Error):
+            self._wake.release()
 
     def _settle(self) -> None:
         """Release every lease whose holders are all gone. Runs under the lock."""
