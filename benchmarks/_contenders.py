@@ -71,6 +71,10 @@ class Shmcast:
     def materialize(self) -> object:
         return self.broadcaster.materialize(self.raw)
 
+    def calm(self) -> bool:
+        stats = self.broadcaster.stats()
+        return not stats.leases_held and not any(reader.held for reader in stats.leases)
+
     def settled(self) -> bool:
         self.next = None
         stats = self.broadcaster.stats()
@@ -190,6 +194,7 @@ def _shmcast(key: str, label: str, stands_for: str, *, peers_hold_raw: bool, **f
         setup=lambda site: Shmcast(site, peers_hold_raw=peers_hold_raw),
         check=same_inputs,
         settled=Shmcast.settled,
+        calm=Shmcast.calm,
         close=Shmcast.close,
         **functions,
     )
@@ -202,6 +207,7 @@ CONTENDERS = (
         "Only the entry rank has the request: one copy into the arena, a header, a mapping on every other rank.",
         peers_hold_raw=False,
         prepare=Shmcast.prepare_copied,
+        again=True,
         call=Shmcast.broadcast,
     ),
     _shmcast(
@@ -210,6 +216,7 @@ CONTENDERS = (
         "The tensor was produced inside the arena (not timed: it has to be produced somewhere): nothing is copied.",
         peers_hold_raw=False,
         prepare=Shmcast.prepare_empty,
+        again=True,
         call=Shmcast.broadcast,
     ),
     _shmcast(
@@ -251,6 +258,7 @@ CONTENDERS = (
         setup=SegmentEach,
         call=SegmentEach.call,
         check=SegmentEach.check,
+        warms=False,
         settled=SegmentEach.settled,
     ),
     Contender(

@@ -3,7 +3,7 @@
 One message, on every rank:
 
     1. stamp the payload anew, so that no bytes of an earlier message can pass for this one's
-    2. read other memory, so that messages of every size find caches that are as cold as in an engine
+    2. (warm) send one message that is not timed: the last comparison has emptied the caches
     3. meet in a collective, agree on an instant, sleep until then
     4. call: from the latest start to the last end is what is timed
     5. compare every byte of what came with what the seed says
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 WORD = 8
 PAGE_WORDS = 4096 // WORD
 MEET_AHEAD = 2_000_000  # ns
-OTHER_WORDS = (32 << 20) // WORD
 SETTLE_SECONDS = 60.0
 
 
@@ -51,16 +50,11 @@ class Site:
         self.size = size
         self.expected = torch.randint(-(2**62), 2**62, (size // WORD,), generator=generator)
         self.payload = self.expected.clone()
-        self.other = torch.zeros(OTHER_WORDS, dtype=torch.int64)
 
     def stamp(self, token: int) -> None:
         """Make the next message differ from every other, in each page."""
         self.expected[::PAGE_WORDS] = token
         self.payload[::PAGE_WORDS] = token
-
-    def cool(self) -> None:
-        """Fill the caches with something else."""
-        self.other.add_(1)
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,9 @@ class Contender:
         check: whether that is what was sent, byte for byte.
         prepare: what comes before each call and is not timed.
         settled: whether nothing of the last message is left; polled.
+        calm: whether this rank holds nothing of the last message, though it may be sent again; polled.
+        warms: a call can follow another one without `settled` in between.
+        again: the same message is sent twice, first untimed: nothing of a call is cached on it.
         close: the end of a state.
         alone: only the entry rank calls.
     """
@@ -88,6 +85,9 @@ class Contender:
     check: Callable[[Any, Any], bool]
     prepare: Callable[[Any], None] = lambda state: None
     settled: Callable[[Any], bool] = lambda state: True
+    calm: Callable[[Any], bool] = lambda state: True
+    again: bool = False
+    warms: bool = True
     close: Callable[[Any], None] = lambda state: None
     alone: bool = False
 
@@ -134,7 +134,7 @@ def run_warm(place: Place, cases: Sequence[Case], rounds: int, warmup: int, seed
     for round in range(-warmup, rounds):
         place.tell(f"round {max(0, round + 1)} of {rounds}")
         for index in rotated(len(cases), round):
-            sample = _message(cases[index], states[index], sites[cases[index].size], index, round)
+            sample = _message(cases[index], states[index], sites[cases[index].size], index, round, warm=True)
             if round >= 0:
                 samples.append(sample)
     for case, state in zip(cases, states, strict=True):
@@ -152,7 +152,7 @@ def run_cold(place: Place, cases: Sequence[Case], rounds: int, seed: int) -> lis
         for index in rotated(len(cases), round):
             case, site = cases[index], sites[cases[index].size]
             state = case.contender.setup(site)
-            samples.append(_message(case, state, site, index, round))
+            samples.append(_message(case, state, site, index, round, warm=False))
             case.contender.close(state)
     return samples
 
@@ -201,11 +201,18 @@ def _freeze() -> None:
     gc.freeze()
 
 
-def _message(case: Case, state: Any, site: Site, index: int, round: int) -> Sample:
+def _message(case: Case, state: Any, site: Site, index: int, round: int, *, warm: bool) -> Sample:
     contender, place = case.contender, site.place
     site.stamp(1000 * round + index)
     contender.prepare(state)
-    site.cool()
+    if warm and contender.warms and (place.leads or not contender.alone):
+        # What was compared last has left the caches as if nothing had ever been sent: one message that is not timed.
+        # The one that is may be the same again only where nothing of the call is cached on the inputs.
+        contender.call(state)
+        _until(lambda: contender.calm(state), contender)
+        if not contender.again:
+            site.stamp(1000 * round + index)
+            contender.prepare(state)
     _meet()
     faults, cpu, start = _faults(), time.process_time(), time.monotonic_ns()
     got = None if contender.alone and not place.leads else contender.call(state)
@@ -231,6 +238,14 @@ def _meet() -> None:
     left = int(instant) + MEET_AHEAD - time.monotonic_ns()
     if left > 0:
         time.sleep(left / 1e9)
+
+
+def _until(condition: Callable[[], bool], contender: Contender) -> None:
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{contender.label}: the last message is still held after {SETTLE_SECONDS:g} s")
+        os.sched_yield()
 
 
 def _settle(contender: Contender, state: Any) -> float:

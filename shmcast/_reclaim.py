@@ -34,11 +34,11 @@ def sweep(folder: str = SHM) -> list[str]:
     for name in names:
         if NAME.fullmatch(name):
             with suppress(OSError, LayoutError):
-                removed += _sweep_one(folder, name, names)
+                removed += _sweep_one(folder, name)
     return removed
 
 
-def _sweep_one(folder: str, name: str, names: list[str]) -> Iterator[str]:
+def _sweep_one(folder: str, name: str) -> Iterator[str]:
     path = os.path.join(folder, name)
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -53,11 +53,10 @@ def _sweep_one(folder: str, name: str, names: list[str]) -> Iterator[str]:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.stat(path, follow_symlinks=False), status):
             return
-        # Semaphores first: they have no header of their own, only this name tells whose they are.
-        doomed = [
-            other for other in names if header.kind == Kind.CONTROL and other.startswith(f"sem.{address.stem[1:]}-")
-        ]
-        for entry in (*doomed, name):
+        # Semaphores first: they have no header of their own, only this name tells whose they are. Looked for under the
+        # lock: before it, their creator may have been alive and making more.
+        others = os.listdir(folder) if header.kind == Kind.CONTROL else []
+        for entry in (*sorted(o for o in others if o.startswith(f"sem.{address.stem[1:]}-")), name):
             with suppress(FileNotFoundError):
                 os.unlink(os.path.join(folder, entry))
                 yield entry
