@@ -882,6 +882,28 @@ def test_no_message_is_stale_under_mlockall(ranks: Ranks, when: str) -> None:
     assert seen == [{1}, {2}, {3}, {4}, {5}]
 
 
+def attach_under_mlockall() -> bool | None:
+    """Whether attaching under MCL_FUTURE has copied any page of the arena; None if forbidden."""
+    with Writer(1, capacity=2 * MIB, policy=AT_ONCE) as writer:
+        try:
+            if not lock_all(MCL_FUTURE):
+                return None
+            with Reader(writer.address, 0) as reader:
+                [segment] = reader._leases._segments
+                assert segment is not None
+                return reader._leases._pages.exist(segment.address, segment.header.size)
+        finally:
+            libc.munlockall()
+
+
+@pytest.mark.multiprocess
+def test_attaching_copies_no_page_under_mlockall(ranks: Ranks) -> None:
+    [copied] = ranks.start_each(attach_under_mlockall, [()]).results()
+    if copied is None:
+        pytest.skip("RLIMIT_MEMLOCK forbids mlockall")
+    assert not copied
+
+
 def empty_under_mlockall() -> list[set[int]]:
     """A message whose memory of `empty` is written to after the reader's pages were locked; [] if forbidden."""
     with Writer(1, capacity=2 * MIB, policy=AT_ONCE) as writer, Reader(writer.address, 0) as reader:

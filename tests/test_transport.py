@@ -923,6 +923,17 @@ def test_a_segment_that_a_reader_cannot_map_is_not_used(
     caplog.clear()  # a record holds the exception, and that the reader
 
 
+def test_a_segment_that_a_reader_has_mapped_and_reported_is_not_used(writer: Writer, reader: Reader) -> None:
+    handle = writer.publish(big(1), readers=[0])
+    reader._leases.report(0)
+    until(lambda: writer.stats().free_bytes == 0, "the writer has heard it")
+    with pytest.raises(ArenaFull):
+        writer.publish(big(2), readers=[0])
+    assert same(reader.open(handle), big(1))
+    settled(writer)
+    assert writer.stats().free_bytes == 0
+
+
 def test_an_idle_writer_unlinks_a_new_segment_too() -> None:
     def somebody_looks(writer: Writer, reader: Reader) -> bool:
         until(lambda: not names_of(writer) and not _threads("shmcast-unlink"), "the first segments have no name")
