@@ -2,6 +2,7 @@
 
 import multiprocessing.resource_tracker
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 def pytest_sessionstart() -> None:
     """Start the process that spawned children share now, so that no test is blamed for it."""
+    # A shell that starts a job in the background has it ignore Ctrl-C, and what it starts, too: some tests press it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.resource_tracker.ensure_running()
 
 
