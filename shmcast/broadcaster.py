@@ -24,7 +24,7 @@ from shmcast._joining import Offer, Verdict, join, settings_of
 from shmcast._sent import attempt, describe
 from shmcast._wire import Address, Call, Handle
 from shmcast.errors import ArenaFull, ClosedError, ShmcastError
-from shmcast.metrics import Counters, Stats
+from shmcast.metrics import Counters, Stats, merge
 from shmcast.multimodal import MultimodalInputs
 from shmcast.policy import Policy, Route, read_environment
 from shmcast.transport import Reader, Writer
@@ -231,13 +231,8 @@ class Broadcaster:
         """This rank's counters; on the entry rank memory and leases too."""
         self._check_open()
         own = self._counters.stats()
-        if self._writer is not None:
-            end = self._writer.stats()
-        elif self._reader is not None:
-            end = self._reader.stats()
-        else:
-            return own
-        return replace(end, messages=own.messages, bytes=own.bytes, routes=own.routes, fallbacks=own.fallbacks)
+        end = self._writer or self._reader
+        return own if end is None else merge(own, end.stats())
 
     def close(self) -> None:
         """End this rank's part; no collective. Tensors that live stay valid."""
