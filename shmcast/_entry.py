@@ -49,7 +49,8 @@ class Entry:
             raise self._gone()
         try:
             with self._owing_a_header():
-                made = self._send(obj, None, heals=False)
+                with self._counters.timed("publish"):
+                    made = self._send(obj, None, heals=False)
                 self._announce([made.sent], made.sent)
             if made.error is not None:
                 raise made.error
@@ -60,6 +61,7 @@ class Entry:
 
     def materialize(self, raw: R, fn: Callable[[R], T]) -> T:
         """`fn(raw)` here, its result to every rank."""
+        fn = self._counters.timed("materialize")(fn)
         if self._control.broken is not None:
             return self._alone(lambda: fn(raw))
         try:
@@ -79,6 +81,8 @@ class Entry:
 
     def materialize_batch(self, raws: Sequence[R], fn: Callable[[R], T]) -> list[T | Exception]:
         """`fn` of each here, the results to every rank under one header."""
+        self._counters.observe("batch", len(raws))
+        fn = self._counters.timed("materialize")(fn)
         if self._control.broken is not None:
             return self._alone(lambda: [attempt(fn, raw) for raw in raws])
         made: list[_Made] = []
@@ -118,7 +122,8 @@ class Entry:
         except Exception as error:
             route = HeaderRoute.LOCAL if self._heals else HeaderRoute.NONE
             return _Made(None, error, Sent(route, Reason.RAISED, text=describe(error)), again=self._heals)
-        return self._send(obj, leaves, heals=self._heals)
+        with self._counters.timed("publish"):
+            return self._send(obj, leaves, heals=self._heals)
 
     def _send_index(self, sents: list[Sent]) -> Sent:
         index = index_of(sents)
@@ -189,7 +194,8 @@ class Entry:
         """The header, and what it promises. `sents`: what it speaks of, taken back if it cannot be said."""
         try:
             self._owing = False
-            self._control.send(sent.header())
+            with self._counters.timed("header"):
+                self._control.send(sent.header())
             if sent.inline is not None:
                 self._control.send_tensor(sent.inline)
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from shmcast._control import ControlBroken, GroupControl
@@ -46,6 +47,7 @@ class Follower:
 
     def materialize(self, raw: R, fn: Callable[[R], T]) -> T:
         """The entry rank's `fn(raw)`, or this rank's own where that is what all agreed on, or what heals."""
+        fn = self._counters.timed("materialize")(fn)
         leaves = self._walk(raw)
         try:
             sent = self._receive()
@@ -55,7 +57,10 @@ class Follower:
 
     def materialize_batch(self, raws: Sequence[R] | None, fn: Callable[[R], T]) -> list[T | Exception]:
         """As `materialize`, for each request of a batch."""
+        fn = self._counters.timed("materialize")(fn)
         mine = list(raws) if raws is not None and self._policy.peers_hold_raw else None
+        if mine is not None:
+            self._counters.observe("batch", len(mine))
         leaves = [self._walk(raw) for raw in mine or ()]
         try:
             sent = self._receive()
@@ -70,7 +75,8 @@ class Follower:
         return walk(raw) if self._policy.peers_hold_raw else None
 
     def _receive(self) -> Sent:
-        header = self._control.receive()
+        with self._counters.timed("header"):
+            header = self._control.receive()
         inline = self._control.receive_tensor(header.length) if header.route is HeaderRoute.INLINE else None
         if header.reason not in (Reason.CHOSEN, Reason.THRESHOLD):
             note(
@@ -122,6 +128,7 @@ class Follower:
         self, sent: Sent, leaves: Leaves | None, *, count: bool = True
     ) -> Any:  # what the entry rank's fn returns
         """The object that was sent; whatever goes wrong, the leases on it are given back."""
+        started = perf_counter()
         if sent.route is HeaderRoute.INLINE and sent.inline is not None:
             obj, size = unpack_inline(sent.inline, self._allow, leaves), sent.inline.numel()
         elif sent.handle is not None and self._reader is not None:
@@ -133,6 +140,7 @@ class Follower:
         else:
             raise MaterializeError(f"the entry rank sent by {sent.route.name.lower()} what this rank cannot take")
         if count:
+            self._counters.observe("map", perf_counter() - started)
             self._counters.message(sent.route.name.lower(), size)
         return obj
 

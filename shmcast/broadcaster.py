@@ -166,7 +166,7 @@ class Broadcaster:
         """
         self._check_open()
         if self._control is None or self._local:
-            return fn(raw)
+            return self._counters.timed("materialize")(fn)(raw)
         with self._control.turn(Call.MATERIALIZE):
             return cast("Entry | Follower", self._end).materialize(raw, fn)
 
@@ -181,6 +181,8 @@ class Broadcaster:
         """
         self._check_open()
         if self._control is None or self._local:
+            self._counters.observe("batch", len(raws))
+            fn = self._counters.timed("materialize")(fn)
             return [attempt(fn, raw) for raw in raws]
         with self._control.turn(Call.BATCH):
             return cast("Entry | Follower", self._end).materialize_batch(raws, fn)
@@ -193,8 +195,9 @@ class Broadcaster:
         Raises as `Writer.publish`; `ArenaFull` also where this group has no shared memory.
         """
         writer = self._check_writer("share")
-        encoded = encode(obj, writer.allow)
-        handle = writer.put(encoded, opens=opens)
+        with self._counters.timed("publish"):
+            encoded = encode(obj, writer.allow)
+            handle = writer.put(encoded, opens=opens)
         self._counters.message("shm", encoded.nbytes)
         return handle
 
@@ -204,7 +207,9 @@ class Broadcaster:
 
     def open(self, handle: Handle) -> object:
         """What the entry rank shared. Raises as `Reader.open`. Every rank but the entry rank, no collective."""
-        obj, size = self._check_reader("open").fetch(handle)
+        reader = self._check_reader("open")
+        with self._counters.timed("map"):
+            obj, size = reader.fetch(handle)
         self._counters.message("shm", size)
         return obj
 
