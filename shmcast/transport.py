@@ -98,8 +98,9 @@ class Writer:
             EncodeError: `obj` cannot be flattened (`NotAllowed`: it has a class that is not allowed).
             ClosedError: the writer was closed.
         """
-        encoded = encode(obj, self.allow)
-        handle = self.put(encoded, readers=readers, opens=opens)
+        with self._counters.timed("publish"):
+            encoded = encode(obj, self.allow)
+            handle = self.put(encoded, readers=readers, opens=opens)
         self._counters.message("shm", encoded.nbytes)
         return handle
 
@@ -271,7 +272,8 @@ class Reader:
             LayoutError: its bytes are not what they claim; `NotAllowed`: it has a class that is not allowed here.
             ClosedError: the reader was closed.
         """
-        obj, size = self.fetch(handle)
+        with self._counters.timed("map"):
+            obj, size = self.fetch(handle)
         self._counters.message("shm", size)
         return obj
 
