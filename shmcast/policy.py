@@ -33,6 +33,8 @@ class Policy:
         threshold: raw inputs with fewer bytes of tensors than this run `fn` on every rank. 0: none do.
         inline_max: messages of at most this many bytes travel inside the control plane. 0: none do.
         wait: seconds that a publish may wait for memory before it falls back.
+        cache_bytes: how much shared memory may keep tensors that were published, so that equal ones are sent without
+            a copy: those of 64 KiB and more whose digest `shmcast.digest` computed. 0: none.
     """
 
     route: Route | str = Route.AUTO
@@ -42,10 +44,11 @@ class Policy:
     threshold: int = 0
     inline_max: int = 0
     wait: float = 0.25
+    cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "route", Route(self.route))
-        for name in ("threshold", "inline_max", "wait"):
+        for name in ("threshold", "inline_max", "wait", "cache_bytes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"Policy({name}={getattr(self, name)}): must be finite and not negative")
         if self.route is Route.LOCAL and (self.agree or not self.peers_hold_raw):

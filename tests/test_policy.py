@@ -12,7 +12,7 @@ from shmcast.policy import Environment, Policy, Route, read_environment
 def test_by_default_nothing_is_local_or_inline() -> None:
     policy = Policy()
     assert policy.route is Route.AUTO
-    assert (policy.threshold, policy.inline_max) == (0, 0)
+    assert (policy.threshold, policy.inline_max, policy.cache_bytes) == (0, 0, 0)
     assert policy.peers_hold_raw
     assert not policy.fn_keeps_leaves
     assert not policy.agree
@@ -31,7 +31,7 @@ def test_refuses_an_unknown_route(route: str) -> None:
         Policy(route=route)
 
 
-@pytest.mark.parametrize("name", ["threshold", "inline_max", "wait"])
+@pytest.mark.parametrize("name", ["threshold", "inline_max", "wait", "cache_bytes"])
 def test_refuses_what_is_negative(name: str) -> None:
     for value in (-1, -(2**40), -math.inf):
         with pytest.raises(ValueError, match=rf"Policy\({name}={value}\): must be finite and not negative"):
