@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import posix_ipc
 
 from shmcast import _segment
 from shmcast._blocks import Block, Blocks
+from shmcast._headers import HeaderWriter
 from shmcast._layout import (
     MAX_SEGMENTS,
     MAX_TICKETS,
@@ -29,10 +30,13 @@ from shmcast._layout import (
     Kind,
     SegmentHeader,
     control_size,
+    floor_offset,
     mark_withdrawn,
     ring_offset,
     round_up,
+    slots_offset,
     stamp_payload,
+    write_long,
     write_word,
 )
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
@@ -80,9 +84,10 @@ class Reentered(ShmcastError):
 class _Peer:
     """What the writer knows of one reader."""
 
-    def __init__(self, inbox: Inbox, wake: posix_ipc.Semaphore) -> None:
+    def __init__(self, inbox: Inbox, wake: posix_ipc.Semaphore, ready: posix_ipc.Semaphore | None) -> None:
         self.inbox = inbox
         self.wake = wake
+        self.ready = ready
         self.mapped: set[int] = set()
         self.left = False
         self.dead = False
@@ -90,6 +95,8 @@ class _Peer:
     def close(self) -> None:
         self.inbox.close()
         self.wake.close()
+        if self.ready is not None:
+            self.ready.close()
 
     @property
     def listens(self) -> bool:
@@ -101,9 +108,17 @@ class Arena:
     """Blocks in shared memory for `readers` readers; safe to use from any thread."""
 
     def __init__(
-        self, readers: int, capacity: int | None, rank: int, clock: Callable[[], float] = time.monotonic
+        self,
+        readers: int,
+        capacity: int | None,
+        rank: int,
+        clock: Callable[[], float] = time.monotonic,
+        slots: int = 0,
     ) -> None:
-        """Raises `ArenaFull` where there is no shared memory to be had, `OSError` where the system refuses it."""
+        """Raises `ArenaFull` where there is no shared memory to be had, `OSError` where the system refuses it.
+
+        `slots`: of the header ring, a power of two; 0 for none.
+        """
         self.address = Address(secrets.token_bytes(TOKEN_BYTES), rank, readers)
         self.capacity = default_capacity() if capacity is None else capacity
         self.clock = clock
@@ -117,6 +132,7 @@ class Arena:
         self._segments: list[Segment] = []
         self._retired: set[int] = set()
         self._named: list[Segment] = []
+        self._slots = slots
         self._control = self._create_control(readers)
         self._seat: Seat | None = None
         self._peers: tuple[_Peer, ...] = ()
@@ -219,6 +235,30 @@ class Arena:
         self._read_all()
         self._unclaim(self._tickets.withdrawn(handle.ticket, handle.opens))
 
+    def headers(self) -> HeaderWriter:
+        """The writer's end of the header ring, which must exist. Made once; it dies with the arena."""
+        base = slots_offset(self.address.readers, RING_ENTRIES)
+        ready = [peer.ready for peer in self._peers if peer.ready is not None]
+        return HeaderWriter(
+            self._control.map, base, self._slots, ready, self._listening, lambda: self._tickets.next, self.revoke
+        )
+
+    def _listening(self) -> list[int]:
+        self.reclaim()
+        with self._lock:
+            self._check_open()
+            return [reader for reader, peer in enumerate(self._peers) if peer.listens]
+
+    def revoke(self, reader: int, below: int) -> None:
+        """Take back every ticket of `reader` under `below` that it has not opened, for good (L9)."""
+        with self._lock:
+            self._check_open()
+            # As in withdraw: the floor is stored, a full fence, then tickets whose OPENED is in no ring by now.
+            write_long(self._control.map, floor_offset(self.address.readers, RING_ENTRIES, reader), below)
+            fence()
+            self._read_all()
+            self._unclaim(self._tickets.discarded(reader, below))
+
     def drain(self) -> None:
         """Read what readers have told, and unlink what all of them have mapped."""
         with self._lock:
@@ -285,23 +325,26 @@ class Arena:
     # Creation and growth.
 
     def _create_control(self, readers: int) -> Segment:
-        size = control_size(readers, RING_ENTRIES)
+        size = control_size(readers, RING_ENTRIES, self._slots)
         header = SegmentHeader(
-            Kind.CONTROL, self.address.token, self.address.rank, 0, size, readers=readers, entries=RING_ENTRIES
+            Kind.CONTROL, self.address.token, self.address.rank, 0, size, readers, RING_ENTRIES, self._slots
         )
         segment = _segment.create(self.address.control, header)
         self._named.append(segment)
         return segment
 
     def _create_peer(self, reader: int) -> _Peer:
-        posted = posix_ipc.Semaphore(self.address.posted(reader), posix_ipc.O_CREX, mode=_segment.MODE)
-        try:
-            wake = posix_ipc.Semaphore(self.address.wake(reader), posix_ipc.O_CREX, mode=_segment.MODE)
-        except BaseException:
-            posted.close()
-            raise
+        names = [self.address.posted(reader), self.address.wake(reader)]
+        if self._slots:
+            names.append(self.address.ready(reader))
+        with ExitStack() as undo:
+            made = []
+            for name in names:
+                made.append(posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=_segment.MODE))
+                undo.callback(made[-1].close)
+            undo.pop_all()
         base = ring_offset(reader, RING_ENTRIES)
-        return _Peer(Inbox(self._control.map, base, RING_ENTRIES, posted), wake)
+        return _Peer(Inbox(self._control.map, base, RING_ENTRIES, made[0]), made[1], made[2] if self._slots else None)
 
     def _add_segment(self, size: int) -> None:
         number = len(self._segments)
@@ -424,7 +467,7 @@ class Arena:
         if not self._named or self._named[0] is not self._control:
             return
         for i in range(self.address.readers):
-            for name in (self.address.posted(i), self.address.wake(i)):
+            for name in (self.address.posted(i), self.address.wake(i), self.address.ready(i)):
                 with suppress(posix_ipc.ExistentialError):
                     posix_ipc.unlink_semaphore(name)
 

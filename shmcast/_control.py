@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shmcast._wire import HEADER, Call, Header, parse_header
+from shmcast._wire import HEADER, Call, Header, check_call, parse_header
 from shmcast.errors import ShmcastError
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ class GroupControl:
         tensor = torch.empty(HEADER.size, dtype=torch.uint8)
         self._broadcast(tensor)
         try:
-            return parse_header(_bytes(tensor), self._calls, self._call, self._plane)
+            header = parse_header(_bytes(tensor), self._plane)
+            check_call(header, self._calls, self._call)
+            return header
         except ShmcastError as error:
             self._broken = error
             raise ControlBroken(str(error)) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from shmcast._codec import Allow, Encoded, Leaves, encode
 from shmcast._control import ControlBroken, GroupControl
 from shmcast._sent import R, Sent, T, attempt, describe, index_of, note, walk
-from shmcast._wire import Handle, HeaderRoute, Reason
+from shmcast._wire import CHOICES, Handle, HeaderRoute, Reason
 from shmcast.errors import ArenaFull, MaterializeError, PeerDied, ShmcastError
 from shmcast.policy import Policy, Route
 from shmcast.transport import Writer, pack_inline
@@ -203,7 +203,7 @@ class Entry:
             raise
         for each in sents:
             self._counters.message(each.route.name.lower(), each.size)
-            if each.reason not in (Reason.CHOSEN, Reason.THRESHOLD):
+            if each.reason not in CHOICES:
                 note(self._counters, each.reason, each.text or "no shared memory in this group")
 
     def _withdraw(self, sents: Iterable[Sent]) -> None:

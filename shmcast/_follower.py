@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcast._control import ControlBroken, GroupControl
 from shmcast._sent import R, Sent, T, attempt, note, parse_index, walk
-from shmcast._wire import HeaderRoute, Reason
+from shmcast._wire import CHOICES, HeaderRoute, Reason
 from shmcast.errors import MaterializeError, PeerDied, ShmcastError
 from shmcast.transport import Reader, unpack_inline
 
@@ -78,7 +78,7 @@ class Follower:
         with self._counters.timed("header"):
             header = self._control.receive()
         inline = self._control.receive_tensor(header.length) if header.route is HeaderRoute.INLINE else None
-        if header.reason not in (Reason.CHOSEN, Reason.THRESHOLD):
+        if header.reason not in CHOICES:
             note(
                 self._counters, header.reason, f"the entry rank says: {header.text or 'no shared memory in this group'}"
             )

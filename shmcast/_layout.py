@@ -16,7 +16,7 @@ Segment header: the first page of every segment, arena and control alike.
         48     4  readers   creator: how many rings follow (control), else 0
         52     4  entries   creator: entries of each ring (control), else 0
         56     4  segments  creator, grows: arena segments made so far (control), else 0; a hint (L6)
-        60     4  reserved
+        60     4  slots     creator: slots of the header ring (control), 0 where there is none
 
 Ring: one for each reader, after the header page of the control segment, in whole pages.
 
@@ -29,6 +29,18 @@ Ring entry.
          0     8  value     reader: a ticket, a segment number, or the first ticket not discarded
          8     4  seq       reader: the entry's number, modulo 2**32
         12     4  kind      reader: 1 mapped, 2 bad segment, 3 opened, 4 released, 5 discarded
+
+Header ring: at most one, after the release rings of the control segment, in whole pages.
+
+         0    8r  floors    writer: for each of 64 readers the first ticket that was not taken back from it (L9)
+       512  320n  slots     writer: header number s lies in slot s % n (L10)
+
+Header slot.
+
+         0     8  number    writer: counts the headers of this writer
+         8   256  header    writer: see the layout of channels
+       264    52  reserved
+       316     4  checksum  writer: CRC-32 of bytes 0 to 315
 
 Block: whole pages of an arena segment, at a page boundary (L2).
 
@@ -60,6 +72,10 @@ Invariants; code and tests cite them by name.
     L7  Entries not yet drained never exceed the ring: a ticket makes at most two, a segment one, a message one more,
         and the writer keeps no more tickets alive than a quarter of the ring.
     L8  Nothing parsed is used before all of it is checked; whatever is wrong is a `LayoutError`.
+    L9  A reader that has said OPENED looks at its floor after a full fence; a writer that has raised the floor looks
+        for OPENED after one: a ticket below it is either not taken back or not read on.
+    L10 A token in a reader's semaphore is one header. What the slot shows is that header or another number: then the
+        reader has missed it.
 """
 
 from __future__ import annotations
@@ -83,12 +99,14 @@ MAX_READERS: Final = 64
 MAX_SEGMENTS: Final = 1024
 RING_ENTRIES: Final = 16384
 MAX_TICKETS: Final = (RING_ENTRIES - MAX_SEGMENTS - 1) // 4
+HEADER_SLOTS: Final = 1024
+FLOORS_BYTES: Final = MAX_READERS * 8
 NEVER: Final = 2**64 - 1
 
 SEGMENT_MAGIC: Final = b"SHMCAST1"
 BLOCK_MAGIC: Final = b"SHMBLOCK"
 
-SEGMENT: Final = struct.Struct("<8sII16sIIQIII4x")
+SEGMENT: Final = struct.Struct("<8sII16sIIQIIII")
 RING_HEAD: Final = struct.Struct("<I60x")
 ENTRY: Final = struct.Struct("<QII")
 BLOCK: Final = struct.Struct("<8sQQIIQ20xI")
@@ -96,6 +114,8 @@ TABLE: Final = struct.Struct("<IIQ")
 LISTED: Final = struct.Struct("<I4xQQQ")
 PIECE: Final = struct.Struct("<I4xQQ")
 WORD: Final = struct.Struct("<I")
+LONG: Final = struct.Struct("<Q")
+SLOT: Final = struct.Struct("<Q256s52xI")
 
 SEGMENTS_OFFSET: Final = 56
 KIND_OFFSET: Final = 24
@@ -142,7 +162,7 @@ def round_up(size: int, unit: int) -> int:
 
 @dataclass(frozen=True)
 class SegmentHeader:
-    """The identity of a segment: `number`, `size`, and for a control segment its rings."""
+    """The identity of a segment: `number`, `size`, and for a control segment its rings and header slots."""
 
     kind: Kind
     token: bytes
@@ -151,6 +171,7 @@ class SegmentHeader:
     size: int
     readers: int = 0
     entries: int = 0
+    slots: int = 0
 
     def write(self, page: mmap.mmap | bytearray | memoryview) -> None:
         """Write everything, the magic last (L1)."""
@@ -165,6 +186,7 @@ class SegmentHeader:
             self.readers,
             self.entries,
             0,
+            self.slots,
         )
         page[8 : SEGMENT.size] = body[8:]
         page[0:8] = body[:8]
@@ -174,7 +196,7 @@ def parse_segment(page: Bytes) -> SegmentHeader:
     """The header of a segment; trusts no byte of it."""
     if len(page) < SEGMENT.size:
         raise LayoutError(f"{len(page)} bytes cannot hold a segment header of {SEGMENT.size}")
-    magic, version, kind, token, rank, number, size, readers, entries, _ = SEGMENT.unpack_from(page)
+    magic, version, kind, token, rank, number, size, readers, entries, _, slots = SEGMENT.unpack_from(page)
     if magic != SEGMENT_MAGIC:
         raise LayoutError(f"not a shmcast segment: its magic is {magic!r}")
     if version != VERSION:
@@ -183,22 +205,30 @@ def parse_segment(page: Bytes) -> SegmentHeader:
         raise LayoutError(f"unknown kind of segment: {kind}")
     if size % PAGE or size < 2 * PAGE or number >= MAX_SEGMENTS:
         raise LayoutError(f"segment {number} claims {size} bytes")
-    header = SegmentHeader(Kind(kind), token, rank, number, size, readers, entries)
-    if kind == Kind.ARENA and (readers or entries):
+    header = SegmentHeader(Kind(kind), token, rank, number, size, readers, entries, slots)
+    if kind == Kind.ARENA and (readers or entries or slots):
         raise LayoutError("an arena segment has no rings")
     if kind == Kind.CONTROL and (
         not 0 < readers <= MAX_READERS
         or entries < 2
         or entries & (entries - 1)
-        or control_size(readers, entries) != size
+        or slots & (slots - 1)
+        or control_size(readers, entries, slots) != size
     ):
-        raise LayoutError(f"control segment of {size} bytes for {readers} readers and {entries} entries each")
+        raise LayoutError(
+            f"control segment of {size} bytes for {readers} readers, {entries} entries each, and {slots} header slots"
+        )
     return header
 
 
 def write_word(memory: mmap.mmap | bytearray | memoryview, offset: int, value: int) -> None:
     """Store one aligned 32-bit word, whole."""
     memory[offset : offset + WORD.size] = WORD.pack(value)
+
+
+def write_long(memory: mmap.mmap | bytearray | memoryview, offset: int, value: int) -> None:
+    """Store one aligned 64-bit word, whole."""
+    memory[offset : offset + LONG.size] = LONG.pack(value)
 
 
 def ring_size(entries: int) -> int:
@@ -211,9 +241,21 @@ def ring_offset(reader: int, entries: int) -> int:
     return PAGE + reader * ring_size(entries)
 
 
-def control_size(readers: int, entries: int) -> int:
+def control_size(readers: int, entries: int, slots: int = 0) -> int:
     """Bytes of a control segment."""
-    return PAGE + readers * ring_size(entries)
+    return (
+        slots_offset(readers, entries) - FLOORS_BYTES + (slots > 0) * round_up(FLOORS_BYTES + slots * SLOT.size, PAGE)
+    )
+
+
+def floor_offset(readers: int, entries: int, reader: int) -> int:
+    """Where the floor of `reader` lies in a control segment that has a header ring."""
+    return ring_offset(readers, entries) + reader * LONG.size
+
+
+def slots_offset(readers: int, entries: int) -> int:
+    """Where the first slot of the header ring lies in a control segment."""
+    return ring_offset(readers, entries) + FLOORS_BYTES
 
 
 # Rings.
@@ -241,6 +283,24 @@ def parse_entry(ring: mmap.mmap | Bytes, entries: int, seq: int, base: int = 0) 
     if not EntryKind.MAPPED <= kind <= EntryKind.DISCARDED:
         raise LayoutError(f"ring entry {seq} is of unknown kind {kind}")
     return Entry(EntryKind(kind), value)
+
+
+# Header slots.
+
+
+def pack_slot(number: int, header: Bytes) -> bytes:
+    """The slot of header `number`."""
+    raw = SLOT.pack(number, header, 0)[: -WORD.size]
+    return raw + WORD.pack(zlib.crc32(raw))
+
+
+def parse_slot(raw: Bytes, number: int) -> bytes | None:
+    """Header `number` out of its slot's bytes; None where they show another one, or one that is being written."""
+    if len(raw) != SLOT.size:
+        raise LayoutError(f"a header slot has {SLOT.size} bytes, not {len(raw)}")
+    found, header, crc = SLOT.unpack(raw)
+    intact = crc == zlib.crc32(raw[: -WORD.size])
+    return bytes(header) if intact and found == number else None
 
 
 # Blocks and messages.

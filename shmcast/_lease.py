@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from shmcast import _segment
+from shmcast._headers import HeaderReader
 from shmcast._layout import (
     BLOCK,
+    LONG,
     MAX_SEGMENTS,
     NEVER,
     PAGE,
@@ -40,9 +42,11 @@ from shmcast._layout import (
     Stale,
     check_block,
     check_descriptor,
+    floor_offset,
     parse_block,
     parse_message,
     round_up,
+    slots_offset,
     write_word,
 )
 from shmcast._pages import MADV_POPULATE_READ, PrivatePages, populate
@@ -130,6 +134,10 @@ class Leases:
             undo.callback(self._posted.close)
             self._wake = _open_semaphore(address.wake(index))
             undo.callback(self._wake.close)
+            self._headers: HeaderReader | None = None
+            if self._ring.header.slots:
+                self._headers = self._join_headers()
+                undo.callback(self._headers.close)
             self._outbox = Outbox(self._ring.map, self._ring.header.entries, self._posted)
             self._pages = PrivatePages()
             undo.callback(self._pages.close)
@@ -150,8 +158,10 @@ class Leases:
         hold = self._take(handle)
         try:
             lease = hold.lease
-            # The writer finds our OPENED, or we find its mark (withdraw).
+            # The writer finds our OPENED, or we find its mark (withdraw) or our floor raised (revoke).
             fence()
+            if lease.ticket < self._revoked():
+                raise StaleHandle(f"{handle.where}: reader {self.index} was too late, its writer has taken it back")
             message = parse_message(self._view(handle.where, lease), handle.where.generation)
             for listed in message.blocks:
                 parse_block(self._view(listed, lease), listed.generation, BlockKind.PAYLOAD)
@@ -163,6 +173,13 @@ class Leases:
             if isinstance(error, Stale):
                 raise StaleHandle(f"{handle.where}: {error}") from None
             raise
+
+    def headers(self) -> HeaderReader:
+        """This reader's end of the header ring; `LayoutError` where its writer has none."""
+        self._check_inherited()
+        if self._headers is None:
+            raise LayoutError("this writer posts no headers")
+        return self._headers
 
     def discard(self, handle: Handle) -> None:
         """Give back every lease on `handle` that this reader has not opened."""
@@ -202,9 +219,12 @@ class Leases:
         if self.inherited:
             return
         with self._lock:
-            if not self._closing:
-                self._closing = True
-                self._post_later(EntryKind.DISCARDED, NEVER)
+            if self._closing:
+                return
+            self._closing = True
+            self._post_later(EntryKind.DISCARDED, NEVER)
+        if self._headers is not None:
+            self._headers.close()
 
     # Finding bytes.
 
@@ -239,6 +259,14 @@ class Leases:
         except Stale as error:
             raise StaleHandle(f"{where}: {error}") from None
         return head
+
+    def _revoked(self) -> int:
+        """The first ticket that was not taken back from this reader."""
+        header = self._ring.header
+        if not header.slots:
+            return 0
+        raw = os.pread(self._ring.fd, LONG.size, floor_offset(header.readers, header.entries, self.index))
+        return int(LONG.unpack(raw)[0])
 
     def _check_inherited(self) -> None:
         """A forked child takes no lock: a thread that is not here may have held it."""
@@ -397,6 +425,14 @@ class Leases:
             raise taken
         write_word(self._ring.map, 0, 1)
         return seat
+
+    def _join_headers(self) -> HeaderReader:
+        header, fd = self._ring.header, self._ring.fd
+        ready = _open_semaphore(self._address.ready(self.index))
+        base = slots_offset(header.readers, header.entries)
+        return HeaderReader(
+            lambda offset, length: os.pread(fd, length, offset), base, header.slots, ready, self.writer_lives
+        )
 
     def _map_new(self, *, first: bool = False) -> None:
         """Map the segments that the writer has made since, and tell it; the first ones must succeed."""

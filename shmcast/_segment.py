@@ -142,11 +142,16 @@ def _check(name: str, fd: int, expected: SegmentHeader) -> SegmentHeader:
     header = parse_segment(os.pread(fd, PAGE, 0))
     if header.size != status.st_size:
         raise LayoutError(f"{name} has {status.st_size} bytes, its header says {header.size}")
-    if replace(header, size=0, readers=0, entries=0) != replace(expected, size=0, readers=0, entries=0):
+    if _identity(header) != _identity(expected):
         raise LayoutError(f"{name} is another segment than its name says: {header}")
     if expected.kind == Kind.CONTROL and header.readers != expected.readers:
         raise LayoutError(f"{name} serves {header.readers} readers, not {expected.readers}")
     return header
+
+
+def _identity(header: SegmentHeader) -> SegmentHeader:
+    """Without what its creator decides."""
+    return replace(header, size=0, readers=0, entries=0, slots=0)
 
 
 def _open(name: str, flags: int) -> int:

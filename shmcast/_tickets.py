@@ -46,6 +46,11 @@ class Tickets:
         self._readers: tuple[dict[int, _Lease], ...] = tuple({} for _ in range(readers))
         self._next = 1
 
+    @property
+    def next(self) -> int:
+        """The first ticket that was not granted."""
+        return self._next
+
     def room(self, readers: Iterable[int], opens: int) -> bool:
         """Whether each of `readers` can be given `opens` more tickets (L7)."""
         return all(len(self._readers[reader]) + opens <= MAX_TICKETS for reader in readers)

@@ -29,12 +29,12 @@ Header: what one collective of the control plane carries.
 
          0     8  magic     entry rank
          8     4  version   entry rank
-        12     1  route     entry rank: 1 shm, 2 inline, 3 local, 4 none (the entry rank has nothing to send)
+        12     1  route     entry rank: 1 shm, 2 inline, 3 local, 4 none (it has nothing to send), 5 raw, 6 pickle
         13     1  call      entry rank: 1 broadcast, 2 materialize, 3 materialize_batch
         14     2  reason    entry rank: why the route is not the first choice, 0 when it is (`Reason`)
         16     8  sequence  entry rank: counts the calls of a control plane
         24     8  length    entry rank: bytes of the one tensor that follows (inline), else 0
-        32    80  handle    entry rank (shm), else zeros
+        32    80  handle    entry rank (shm, raw), else zeros
        112     8  plane     entry rank: which control plane this is, agreed on in the constructor
        120   132  text      entry rank: UTF-8, zero padded
        252     4  checksum  entry rank: CRC-32 of bytes 0 to 251
@@ -71,9 +71,15 @@ class Reason(IntEnum):
     OPEN = 5
     CONTROL = 6
     DISABLED = 7
+    MISSED = 8
+    LATE = 9
+    COST = 10
+    CLOSED = 11
 
 
 LAST_REASON: Final = max(Reason)
+CHOICES: Final = frozenset((Reason.CHOSEN, Reason.THRESHOLD, Reason.COST))
+"""Reasons that are no fallback."""
 
 
 class Call(IntEnum):
@@ -91,6 +97,12 @@ class HeaderRoute(IntEnum):
     INLINE = 2
     LOCAL = 3
     NONE = 4
+    RAW = 5
+    PICKLE = 6
+
+
+WITH_HANDLE: Final = frozenset((HeaderRoute.SHM, HeaderRoute.RAW))
+"""Routes on which a message in shared memory travels: what `fn` made, or the raw inputs for every rank's `fn`."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,10 @@ class Address:
     def wake(self, reader: int) -> str:
         """Name of the semaphore that wakes a reader's thread."""
         return f"{self.stem}-w{reader}"
+
+    def ready(self, reader: int) -> str:
+        """Name of the semaphore that counts the headers a reader has not taken."""
+        return f"{self.stem}-h{reader}"
 
     def __bytes__(self) -> bytes:
         return ADDRESS.pack(self.token, self.rank, self.readers)
@@ -221,8 +237,8 @@ class Header(NamedTuple):
         return raw + WORD.pack(zlib.crc32(raw))
 
 
-def parse_header(raw: Bytes, sequence: int, call: Call, plane: int) -> Header:
-    """The header in `raw`, which must be of call number `sequence` of control plane `plane`, a call of `call`."""
+def parse_header(raw: Bytes, plane: int) -> Header:
+    """The header in `raw`, which must be of control plane `plane`."""
     if len(raw) != HEADER.size:
         raise LayoutError(f"a header has {HEADER.size} bytes, not {len(raw)}")
     magic, version, route, found_call, reason, found, length, handle, found_plane, text, crc = HEADER.unpack(raw)
@@ -234,22 +250,26 @@ def parse_header(raw: Bytes, sequence: int, call: Call, plane: int) -> Header:
         raise LayoutError(
             "a header of another Broadcaster: two share a group, and the ranks call them in different orders"
         )
-    if (found, found_call) != (sequence, call):
-        raise LayoutError(
-            f"the entry rank is in call {found}, of kind {found_call}, this rank in call {sequence}, of kind {call}: "
-            "the ranks did not make the same calls"
-        )
-    if not HeaderRoute.SHM <= route <= HeaderRoute.NONE:
-        raise LayoutError(f"header with unknown route {route}")
+    if not HeaderRoute.SHM <= route <= HeaderRoute.PICKLE or not Call.BROADCAST <= found_call <= Call.BATCH:
+        raise LayoutError(f"header with unknown route {route} or call {found_call}")
     if reason > LAST_REASON:
         raise LayoutError(f"header with unknown reason {reason}")
     return Header(
         HeaderRoute(route),
         found,
-        call,
+        Call(found_call),
         plane,
         Reason(reason),
         length,
-        Handle.parse(handle) if route == HeaderRoute.SHM else None,
+        Handle.parse(handle) if route in WITH_HANDLE else None,
         text.rstrip(b"\0").decode("utf-8", "replace"),
     )
+
+
+def check_call(header: Header, sequence: int, call: Call) -> None:
+    """Raise `LayoutError` unless `header` is of call number `sequence`, a call of kind `call`."""
+    if (header.sequence, header.call) != (sequence, call):
+        raise LayoutError(
+            f"the entry rank is in call {header.sequence}, of kind {header.call}, this rank in call {sequence}, of "
+            f"kind {call}: the ranks did not make the same calls"
+        )

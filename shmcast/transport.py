@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from bisect import bisect_right
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +24,7 @@ from shmcast._arena import Arena
 from shmcast._codec import Allow, Encoded, Leaves, decode, encode
 from shmcast._layout import BLOCK, MAX_READERS, MAX_TICKETS, BlockKind, Message, parse_message, plan_message
 from shmcast._lease import Leases
-from shmcast.errors import ClosedError, EncodeError, LayoutError, StaleHandle
+from shmcast.errors import ClosedError, EncodeError, LayoutError, ShmcastError, StaleHandle
 from shmcast.metrics import Counters, ReaderLeases, Stats
 from shmcast.policy import Policy
 
@@ -52,6 +53,7 @@ class Writer:
         allow: classes, or names of packages, whose instances may travel.
         policy: only `wait` matters here.
         rank: names the writer in messages and in /dev/shm.
+        slots: of the ring for `announce`, a power of two; 0: the writer has none.
 
     Raises:
         ArenaFull: there is no shared memory to be had.
@@ -66,6 +68,7 @@ class Writer:
         allow: Iterable[type | str] = (),
         policy: Policy | None = None,
         rank: int = 0,
+        slots: int = 0,
     ) -> None:
         if not 1 <= readers <= MAX_READERS:
             raise ValueError(f"readers={readers}: a writer serves 1 to {MAX_READERS}")
@@ -77,7 +80,9 @@ class Writer:
         self._empties: dict[Block, _Empty] = {}
         self._closed = False
         _reclaim.sweep()
-        self._arena = Arena(readers, capacity, rank)
+        self._arena = Arena(readers, capacity, rank, slots=slots)
+        self._headers = self._arena.headers() if slots else None
+        self._announcing = threading.Lock()
         _writers.add(self)
 
     @property
@@ -127,6 +132,19 @@ class Writer:
             return self._arena.grant(block, blocks, chosen, opens)
         finally:
             self._arena.free(block)
+
+    def announce(self, header: bytes) -> tuple[int, ...]:
+        """Post `header`, 256 bytes, to every reader; needs `slots`. Waits at most `policy.wait` for slow readers.
+
+        Returns:
+            The readers that were a whole ring behind for longer: they miss the oldest header, and what they had not
+            opened of the messages published up to it is taken back.
+        """
+        self._check_open()
+        if self._headers is None:
+            raise ShmcastError("this writer was made without slots for headers")
+        with self._announcing:
+            return self._headers.post(header, self._policy.wait)
 
     def withdraw(self, handle: Handle) -> None:
         """Take back what will not be opened. Who opens it later gets `StaleHandle`; who has opened it keeps it."""
@@ -293,6 +311,17 @@ class Reader:
             return obj, sum(piece.numel() for piece in opened.pieces)
         finally:
             opened.hold.end()
+
+    def next_header(self, timeout: float) -> bytes | None:
+        """The writer's next header, in order; None for one that this reader was too late for. One thread at a time.
+
+        Raises:
+            TimeoutError: none came within `timeout` seconds.
+            PeerDied: the writer is gone, or was closed, and has left none.
+            ClosedError: this reader was closed.
+            LayoutError: the writer has no ring for headers.
+        """
+        return self._leases.headers().receive(timeout)
 
     def discard(self, handle: Handle) -> None:
         """Give back what this reader will not open of `handle`."""
