@@ -20,7 +20,7 @@ $(SETUP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV); the first time this takes a few minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
-	@$(PIP) --editable '.[cli,video,digest,bench,dev]'
+	@$(PIP) --editable '.[cli,video,digest,prometheus,bench,dev]'
 	@touch $@
 
 demo: $(SETUP) ## run the demonstration: make demo ARGS="picture.jpg --ranks 4"

@@ -1,0 +1,1 @@
+"""shmcast for other programs. Nothing here is imported by the library, and each module needs its own extra."""
