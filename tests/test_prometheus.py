@@ -196,6 +196,15 @@ def test_a_closed_source_is_left_out(registry: CollectorRegistry, collector: Col
         assert sources(registry) == {"open"}
 
 
+def test_a_closed_reader_still_tells_what_its_tensors_hold(registry: CollectorRegistry, collector: Collector) -> None:
+    with Writer(1, capacity=8 * MIB) as writer, Reader(writer.address, 0) as reader:
+        kept = reader.open(writer.publish(torch.zeros(MIB, dtype=torch.uint8)))
+        collector.watch("reader", reader)
+        reader.close()
+        assert samples(registry, "reader")["shmcast_leases_held"] == 1
+        del kept
+
+
 def test_a_source_is_not_kept_alive(registry: CollectorRegistry, collector: Collector) -> None:
     kept, dropped = Fixed(), Fixed()
     collector.watch("kept", kept)
@@ -246,6 +255,13 @@ def test_the_package_does_not_load_it() -> None:
 
 
 # Names.
+
+
+def test_the_page_lists_every_metric_and_no_other() -> None:
+    page = (ROOT / "docs" / "api.md").read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
+    named = [name for row in page.splitlines() if row.startswith("|") for name in re.findall(r"`(shmcast_\w+)`", row)]
+    families = list(Collector().describe())
+    assert sorted(named) == sorted(f"{f.name}_total" if f.type == "counter" else f.name for f in families)
 
 
 @pytest.mark.parametrize("family", list(Collector().describe()), ids=lambda family: family.name)
