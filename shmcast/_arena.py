@@ -41,44 +41,19 @@ from shmcast._layout import (
 )
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._ring import Inbox, fence
-from shmcast._room import room
+from shmcast._room import default_capacity
 from shmcast._segment import STEP, Segment
 from shmcast._tickets import Held, Tickets
+from shmcast._turn import Reentered, Turn
 from shmcast._wire import Address, Handle
-from shmcast.errors import ArenaFull, ClosedError, LayoutError, ShmcastError
+from shmcast.errors import ArenaFull, ClosedError, LayoutError
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Iterable
 
-MAX_CAPACITY = 2 << 30
 IDLE_POLLS = 600
 LONGEST_PAUSE = 0.1
-
-
-class _Turn:
-    """A lock that its holder cannot take again: a signal handler or `__del__` gets an error, not a deadlock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._inside = False
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if self._inside:
-            self._lock.release()
-            raise Reentered(
-                "a signal handler or finalizer called a writer in the middle of another call: call it later"
-            )
-        self._inside = True
-
-    def __exit__(self, *exc: object) -> None:
-        self._inside = False
-        self._lock.release()
-
-
-class Reentered(ShmcastError):
-    """A call from a signal handler or a finalizer that came in the middle of another one of the same thread."""
 
 
 class _Peer:
@@ -122,8 +97,8 @@ class Arena:
         self.address = Address(secrets.token_bytes(TOKEN_BYTES), rank, readers)
         self.capacity = default_capacity() if capacity is None else capacity
         self.clock = clock
-        self._lock = _Turn()
-        self._growing = _Turn()
+        self._lock = Turn()
+        self._growing = Turn()
         self._stop = threading.Event()
         self._blocks = Blocks()
         self._tickets = Tickets(readers)
@@ -133,6 +108,9 @@ class Arena:
         self._retired: set[int] = set()
         self._named: list[Segment] = []
         self._slots = slots
+        self._headers: HeaderWriter | None = None
+        self._lagging: dict[int, int] = {}
+        self._hopeless = False
         self._control = self._create_control(readers)
         self._seat: Seat | None = None
         self._peers: tuple[_Peer, ...] = ()
@@ -142,6 +120,8 @@ class Arena:
             self._seat = Seat(self._control.fd, WRITER_BYTE)
             for i in range(readers):
                 self._peers += (self._create_peer(i),)
+            if slots:
+                self._headers = self._make_headers()
             self._add_segment(min(self.capacity, STEP))
             self._watch_names()
         except BaseException:
@@ -159,14 +139,18 @@ class Arena:
     def reserve(self, length: int, wait: float, readers: Iterable[int] = (), opens: int = 0) -> Block:
         """A block of `length` bytes with one claim, once each of `readers` can be given `opens` tickets.
 
-        In this order: drain what readers have released, grow, take back what the dead hold, wait. `ArenaFull` then.
+        In this order: drain what readers have released, grow, take back what the dead hold, wait, take back what
+        readers hold that have taken no header in that time. `ArenaFull` then. With a header ring one wait is enough:
+        until a lease comes back, nothing waits again.
         """
         readers = tuple(readers)
         block = self._try(length, readers, opens)
         if block is not None:
             return block
         trouble = self._grow(length) if self._room(readers, opens) else f"a reader holds {MAX_TICKETS} leases, the most"
-        deadline = time.monotonic() + wait
+        before = self._headers.taken() if self._headers else {}
+        self._revoke_laggards(self._lagging)
+        deadline = time.monotonic() + (0.0 if self._hopeless else wait)
         pause = 0.0
         while True:
             self.reclaim()
@@ -174,9 +158,10 @@ class Arena:
             if block is not None:
                 return block
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 and not (pause and self._revoke_laggards(before)):
+                self._hopeless = self._headers is not None
                 raise ArenaFull(self._explain(length, wait, trouble))
-            time.sleep(min(pause, left))
+            time.sleep(max(0.0, min(pause, left)))
             pause = min(2 * pause + 1e-5, 2e-3)
 
     def free(self, block: Block) -> None:
@@ -235,8 +220,12 @@ class Arena:
         self._read_all()
         self._unclaim(self._tickets.withdrawn(handle.ticket, handle.opens))
 
-    def headers(self) -> HeaderWriter:
-        """The writer's end of the header ring, which must exist. Made once; it dies with the arena."""
+    @property
+    def headers(self) -> HeaderWriter | None:
+        """The writer's end of the header ring."""
+        return self._headers
+
+    def _make_headers(self) -> HeaderWriter:
         base = slots_offset(self.address.readers, RING_ENTRIES)
         ready = [peer.ready for peer in self._peers if peer.ready is not None]
         return HeaderWriter(
@@ -248,6 +237,16 @@ class Arena:
         with self._lock:
             self._check_open()
             return [reader for reader, peer in enumerate(self._peers) if peer.listens]
+
+    def _revoke_laggards(self, before: dict[int, int]) -> bool:
+        """Take back what readers have not opened that have headers to take and took none since `before`; if any did."""
+        now = self._headers.taken() if self._headers else {}
+        lagging = {reader: taken for reader, taken in before.items() if now.get(reader) == taken}
+        for reader in lagging:
+            self.revoke(reader, self._tickets.next)
+        revoked = lagging.keys() - self._lagging.keys()
+        self._lagging = lagging
+        return bool(revoked)
 
     def revoke(self, reader: int, below: int) -> None:
         """Take back every ticket of `reader` under `below` that it has not opened, for good (L9)."""
@@ -444,6 +443,7 @@ class Arena:
     def _unclaim(self, blocks: Iterable[Block]) -> None:
         for block in blocks:
             self._blocks.unclaim(block)
+            self._hopeless = False
 
     def _update_segments(self) -> None:
         """Use what every reader that listens has mapped and none has refused; unlink what every reader has mapped."""
@@ -496,8 +496,3 @@ class Arena:
             f"no block of {length} bytes within {wait:g} s: {live} blocks live, {free} of {total} bytes free, "
             f"the largest hole has {largest}; {leases}; {trouble}"
         )
-
-
-def default_capacity(writers: int = 1) -> int:
-    """A quarter of what is free, at most 2 GiB, shared by the ranks that may write."""
-    return max(2 * PAGE, min(room().free // 4, MAX_CAPACITY) // writers)

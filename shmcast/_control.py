@@ -1,12 +1,15 @@
-"""The control plane over a torch CPU group: fixed-size headers, votes, and one tensor where a message goes inline.
+"""Control planes: what carries the one header of each call from the entry rank to the others.
 
-Every rank makes the same calls in the same order; the header decides what follows, nobody else. The first exception
-out of a collective ends the plane for good: gloo leaves a group broken in which one rank timed out.
+`GroupControl` does it over a torch CPU group, with votes, and tensors or objects where a message does not go through
+shared memory. Every rank makes the same calls in the same order; the header decides what follows, nobody else. The
+first exception out of a collective ends the plane for good: gloo leaves a group broken in which one rank timed out.
 """
 
 from __future__ import annotations
 
+import pickle
 import threading
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shmcast._wire import HEADER, Call, Header, check_call, parse_header
+from shmcast._wire import HEADER, Call, Header, Reason, check_call, parse_header
 from shmcast.errors import ShmcastError
 
 if TYPE_CHECKING:
@@ -27,7 +30,15 @@ RECORD_BYTES: Final = 8192
 
 
 class ControlBroken(ShmcastError):
-    """A collective failed, now or earlier: this rank issues none again."""
+    """The plane failed, now or earlier: this rank uses it no more."""
+
+
+class NoHeader(ShmcastError):
+    """The header of this call did not come to this rank; those of later calls may."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 def cpu_group(group: ProcessGroup | None) -> ProcessGroup | None:
@@ -53,25 +64,33 @@ def cpu_group(group: ProcessGroup | None) -> ProcessGroup | None:
     return whole
 
 
-class GroupControl:
-    """One rank's end of the plane. `src` is a rank of the group, never a global one. One thread at a time."""
+class Control(ABC):
+    """One rank's end of a plane. `src` is a rank of the group, never a global one. One thread at a time."""
 
-    def __init__(self, group: ProcessGroup, timeout: float) -> None:
-        self._group = group
-        self._timeout = timedelta(seconds=timeout)
+    carries_tensors = False
+    """Whether a message may go inline, or as pickle, and ranks may vote: all that takes collectives."""
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        self.rank = rank
+        self.size = size
+        self.timeout = timeout
+        self.src = 0
+        self.plane = 0
         self._calls = 0
         self._call = Call.BROADCAST
-        self._plane = 0
-        self.src = 0
+        self._batch = 0
         self._busy = threading.Lock()
         self._broken: BaseException | None = None
-        self.rank: int = dist.get_rank(group)
-        self.size: int = dist.get_world_size(group)
 
     def settle(self, src: int, plane: int) -> None:
         """What all ranks agreed on: the entry rank and the number of this plane."""
         self.src = src
-        self._plane = plane
+        self.plane = plane
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the entry rank."""
+        return self.rank == self.src
 
     @property
     def broken(self) -> BaseException | None:
@@ -79,8 +98,10 @@ class GroupControl:
         return self._broken
 
     @contextmanager
-    def turn(self, call: Call) -> Iterator[None]:
-        """One collective call of the user's. Two at once would swap each other's bytes: an error, not a wait.
+    def turn(self, call: Call, number: int | None = None, batch: int = 0) -> Iterator[None]:
+        """One call of all ranks. Two at once would swap each other's bytes: an error, not a wait.
+
+        `number`: of the call; default one more than that of the last. `batch`: digest of what it is about.
 
         Calls are counted, not headers: a rank that leaves a call without its header is out of step from then on, and
         the next header tells it so.
@@ -89,11 +110,58 @@ class GroupControl:
             self._calls += 1
             raise ShmcastError("two threads are in collectives of one Broadcaster: give each thread its own group")
         try:
-            self._calls += 1
+            self._calls = self._calls + 1 if number is None else number
             self._call = call
+            self._batch = batch
             yield
         finally:
             self._busy.release()
+
+    @abstractmethod
+    def send(self, header: Header) -> None:
+        """Give all ranks the header of this call; the entry rank calls it, the others `receive`."""
+
+    @abstractmethod
+    def receive(self) -> Header:
+        """The header that the entry rank sends. Raises `NoHeader`, or `ControlBroken` for good."""
+
+    def send_tensor(self, tensor: Tensor) -> None:
+        """Send the bytes of an inline message, a 1-D uint8 tensor."""
+        raise NotImplementedError
+
+    def receive_tensor(self, length: int) -> Tensor:
+        """The inline message of `length` bytes that the last header announced."""
+        raise NotImplementedError
+
+    def send_object(self, obj: object) -> None:
+        """Send `obj` by pickle. What cannot be pickled goes as `None`."""
+        raise NotImplementedError
+
+    def receive_object(self) -> object:
+        """What the entry rank sends by pickle: only where the policy of this rank says that it may."""
+        raise NotImplementedError
+
+    def any(self, failed: bool) -> bool:
+        """Whether `failed` holds on any rank."""
+        raise NotImplementedError
+
+    def check(self, header: Header) -> None:
+        """Raise `LayoutError` unless `header` is of this call."""
+        check_call(header, self._calls, self._call, self._batch)
+
+    def numbered(self, header: Header) -> bytes:
+        """`header` as that of this call."""
+        return bytes(header._replace(sequence=self._calls, call=self._call, plane=self.plane, batch=self._batch))
+
+
+class GroupControl(Control):
+    """A plane over a CPU group."""
+
+    carries_tensors = True
+
+    def __init__(self, group: ProcessGroup, timeout: float) -> None:
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), timeout)
+        self._group = group
 
     def exchange(self, record: bytes) -> list[bytes]:
         """Every rank's record, by rank; each at most `RECORD_BYTES` long, zero padded."""
@@ -102,34 +170,32 @@ class GroupControl:
         self._finish(lambda: dist.all_gather(all_of_them, mine, group=self._group, async_op=True))
         return [_bytes(tensor).rstrip(b"\0") for tensor in all_of_them]
 
-    def send(self, header: Header) -> None:
-        """Broadcast the header of one message; the entry rank calls it, the others `receive`."""
-        numbered = header._replace(sequence=self._calls, call=self._call, plane=self._plane)
-        self._broadcast(_tensor(bytes(numbered)))
+    def gather(self, header: bytes) -> list[bytes]:
+        """Every rank's header of this call, by rank, in one collective."""
+        all_of_them = torch.empty(self.size * HEADER.size, dtype=torch.uint8)
+        parts = [all_of_them[i * HEADER.size : (i + 1) * HEADER.size] for i in range(self.size)]
+        self._finish(lambda: dist.all_gather(parts, _tensor(header), group=self._group, async_op=True))
+        return [_bytes(part) for part in parts]
 
-    @property
-    def leads(self) -> bool:
-        """Whether this is the entry rank."""
-        return self.rank == self.src
+    def send(self, header: Header) -> None:
+        self._broadcast(_tensor(self.numbered(header)))
 
     def receive(self) -> Header:
-        """The header that the entry rank sends. Anything else in its place breaks the plane."""
+        """Anything else in a header's place breaks the plane."""
         tensor = torch.empty(HEADER.size, dtype=torch.uint8)
         self._broadcast(tensor)
         try:
-            header = parse_header(_bytes(tensor), self._plane)
-            check_call(header, self._calls, self._call)
+            header = parse_header(_bytes(tensor), self.plane)
+            self.check(header)
             return header
         except ShmcastError as error:
             self._broken = error
             raise ControlBroken(str(error)) from error
 
     def send_tensor(self, tensor: Tensor) -> None:
-        """Broadcast the bytes of an inline message, a 1-D uint8 tensor."""
         self._broadcast(tensor)
 
     def receive_tensor(self, length: int) -> Tensor:
-        """The inline message of `length` bytes that the last header announced."""
         try:
             tensor = torch.empty(length, dtype=torch.uint8)
         except RuntimeError as error:
@@ -139,11 +205,28 @@ class GroupControl:
         self._broadcast(tensor)
         return tensor
 
+    def send_object(self, obj: object) -> None:
+        try:
+            self._finish(lambda: self._broadcast_object([obj]))
+        except ControlBroken as broken:
+            # torch pickles before it sends: the group is as it was, and the others wait.
+            if not isinstance(broken.__cause__, (pickle.PicklingError, TypeError, AttributeError)):
+                raise
+            self._broken = None
+            self._finish(lambda: self._broadcast_object([None]))
+
+    def receive_object(self) -> object:
+        box: list[object] = [None]
+        self._finish(lambda: self._broadcast_object(box))
+        return box[0]
+
     def any(self, failed: bool) -> bool:
-        """Whether `failed` holds on any rank."""
         word = torch.tensor([failed], dtype=torch.int32)
         self._finish(lambda: dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
         return bool(word.item())
+
+    def _broadcast_object(self, box: list[object]) -> None:
+        dist.broadcast_object_list(box, group=self._group, group_src=self.src, device=torch.device("cpu"))
 
     def _broadcast(self, tensor: Tensor) -> None:
         self._finish(lambda: dist.broadcast(tensor, group=self._group, group_src=self.src, async_op=True))
@@ -154,7 +237,7 @@ class GroupControl:
         try:
             work = start()
             if work is not None:
-                work.wait(self._timeout)
+                work.wait(timedelta(seconds=self.timeout))
         except BaseException as error:
             self._broken = error
             if isinstance(error, Exception):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, suppress
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from shmcast._codec import Allow, Encoded, Leaves, encode
-from shmcast._control import ControlBroken, GroupControl
-from shmcast._sent import R, Sent, T, attempt, describe, index_of, note, walk
+from shmcast._control import Control, ControlBroken
+from shmcast._costs import Costs, Weight
+from shmcast._sent import Deliver, R, Sent, T, attempt, describe, ignore, index_of, note, walk, weigh
 from shmcast._wire import CHOICES, Handle, HeaderRoute, Reason
 from shmcast.errors import ArenaFull, MaterializeError, PeerDied, ShmcastError
 from shmcast.policy import Policy, Route
@@ -27,16 +29,34 @@ class _Made(NamedTuple):
     sent: Sent
     again: bool = False
 
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether it was made, and what is sent of it copied."""
+        return self.error is None and not self.again and self.sent.route is not HeaderRoute.PICKLE
+
+
+class _Task(NamedTuple):
+    """One request before `fn`. `local`: why every rank is to run `fn` itself, None where they need not."""
+
+    raw: Any
+    weight: Weight
+    leaves: Leaves | None
+    local: Reason | None
+
+
+UNKNOWN = Weight(0, False)
+
 
 class Entry:
     """The sending end of a group's collectives. `writer` is None where the group does without shared memory."""
 
     def __init__(
-        self, control: GroupControl, writer: Writer | None, policy: Policy, allow: Allow, counters: Counters
+        self, control: Control, writer: Writer | None, policy: Policy, allow: Allow, counters: Counters
     ) -> None:
-        self._control = control
+        self._control: Control = control
         self._writer = writer
         self._policy = policy
+        self._costs = Costs(control.size)
         self._allow = allow
         self._counters = counters
         # Whether a rank may run `fn` itself.
@@ -66,21 +86,33 @@ class Entry:
             return self._alone(lambda: fn(raw))
         try:
             with self._owing_a_header():
-                leaves = walk(raw) if self._policy.peers_hold_raw else None
-                made = self._local([leaves]) or self._make(raw, fn, leaves)
+                (task,) = self._tasks([raw], None)
+                made = self._make(task, fn)
                 self._announce([made.sent], made.sent)
             if made.again:
-                return fn(raw)
+                return self._run(task, fn)
             if made.error is not None:
                 raise self._failure(made.error)
+            self._send_pickled(made.sent, [made])
             self._agree(made.sent, lambda: self._inline(made.obj))
         except ControlBroken as broken:
             note(self._counters, Reason.CONTROL, broken)
             return self._alone(lambda: cast("T", made.obj) if made.error is None and not made.again else fn(raw))
         return cast("T", made.obj)
 
-    def materialize_batch(self, raws: Sequence[R], fn: Callable[[R], T]) -> list[T | Exception]:
-        """`fn` of each here, the results to every rank under one header."""
+    def materialize_batch(
+        self,
+        raws: Sequence[R],
+        fn: Callable[[R], T],
+        *,
+        weights: Sequence[Weight] | None = None,
+        deliver: Deliver = ignore,
+    ) -> list[T | Exception]:
+        """`fn` of each here, the results to every rank under one header.
+
+        `weights`: what each weighs, where that is known. `deliver` gets each result as soon as nothing can change it
+        any more, and what is sent of it was copied; never where ranks have to agree.
+        """
         self._counters.observe("batch", len(raws))
         fn = self._counters.timed("materialize")(fn)
         if self._control.broken is not None:
@@ -88,51 +120,105 @@ class Entry:
         made: list[_Made] = []
         try:
             with self._owing_a_header(made):
-                leaves = [walk(raw) if self._policy.peers_hold_raw else None for raw in raws]
-                local = self._local(leaves)
-                if local is None:
-                    made.extend(self._make(raw, fn, mine) for raw, mine in zip(raws, leaves, strict=True))
-                    index = self._send_index([m.sent for m in made])
-                else:
-                    made.extend(local for _ in raws)
-                    index = local.sent
+                tasks = self._tasks(raws, weights)
+                for number, task in enumerate(tasks):
+                    made.append(self._make(task, fn))
+                    if not self._policy.agree and made[-1].is_on_its_way:
+                        deliver(number, made[-1].obj, made[-1].sent.size)
+                index = self._send_index([m.sent for m in made])
                 self._announce([m.sent for m in made], index)
+            self._send_pickled(index, made)
             self._agree(index, lambda: self._inline_batch(made))
         except ControlBroken as broken:
             note(self._counters, Reason.CONTROL, broken)
             self._alone(lambda: None)
-        return [attempt(fn, raw) if m.again else self._result(m) for raw, m in zip(raws, made, strict=True)]
+        results: list[T | Exception] = []
+        for number, (task, each) in enumerate(zip(tasks, made, strict=True)):
+            results.append(attempt(lambda t: self._run(t, fn), task) if each.again else self._result(each))
+            if not each.is_on_its_way:
+                deliver(number, results[-1], 0)
+        return results
+
+    def skip_batch(self) -> None:
+        """Have the other ranks run `fn` themselves for one batch: this one is closing."""
+        if self._control.broken is None:
+            with suppress(ControlBroken):
+                self._announce([], Sent(HeaderRoute.LOCAL, Reason.CLOSED))
 
     # Making and sending.
 
-    def _local(self, leaves: list[Leaves | None]) -> _Made | None:
-        """Whether every rank is to run `fn` itself, which only raw inputs decide."""
-        route = self._policy.route
-        if not self._heals or route not in (Route.AUTO, Route.LOCAL):
-            return None
-        if route is Route.LOCAL:
-            return _Made(None, None, Sent(HeaderRoute.LOCAL), again=True)
-        if sum(each.nbytes for each in leaves if each is not None) < self._policy.threshold:
-            return _Made(None, None, Sent(HeaderRoute.LOCAL, Reason.THRESHOLD), again=True)
-        return None
+    def _tasks(self, raws: Sequence[R], weights: Sequence[Weight] | None) -> list[_Task]:
+        """What is to be done with each request, decided before `fn` may change anything."""
+        known = self._policy.peers_hold_raw
+        chooses = self._heals and self._policy.route in (Route.AUTO, Route.LOCAL)
+        if weights is None:
+            weights = [weigh(raw) if chooses else UNKNOWN for raw in raws]
+        below = sum(weight.nbytes for weight in weights) < self._policy.threshold
+        tasks = []
+        for raw, weight in zip(raws, weights, strict=True):
+            local = None
+            if chooses and self._policy.route is Route.LOCAL:
+                local = Reason.CHOSEN
+            elif chooses and below:
+                local = Reason.THRESHOLD
+            elif chooses and self._costs.chooses_local(weight):
+                local = Reason.COST
+            tasks.append(_Task(raw, weight, walk(raw) if known and local is None else None, local))
+        return tasks
 
-    def _make(self, raw: R, fn: Callable[[R], T], leaves: Leaves | None) -> _Made:
+    def _run(self, task: _Task, fn: Callable[[R], T]) -> T:
+        started = perf_counter()
+        obj = fn(task.raw)
+        self._costs.saw_fn(task.weight, perf_counter() - started)
+        return obj
+
+    def _make(self, task: _Task, fn: Callable[[R], T]) -> _Made:
+        if task.local is not None:
+            return _Made(None, None, Sent(HeaderRoute.LOCAL, task.local), again=True)
+        if self._policy.route is Route.RAW and self._writer is not None:
+            sent = self._send(task.raw, None, heals=True).sent
+            if sent.route is HeaderRoute.SHM:
+                return _Made(None, None, sent._replace(route=HeaderRoute.RAW), again=True)
         try:
-            obj = fn(raw)
+            obj = self._run(task, fn)
         except Exception as error:
             route = HeaderRoute.LOCAL if self._heals else HeaderRoute.NONE
             return _Made(None, error, Sent(route, Reason.RAISED, text=describe(error)), again=self._heals)
+        if self._policy.route is Route.PICKLE and self._control.carries_tensors:
+            return _Made(obj, None, Sent(HeaderRoute.PICKLE))
+        started = perf_counter()
         with self._counters.timed("publish"):
-            return self._send(obj, leaves, heals=self._heals)
+            made = self._send(obj, task.leaves, heals=self._heals)
+        if made.sent.route is HeaderRoute.SHM:
+            self._costs.saw_publish(task.weight, made.sent.size, perf_counter() - started)
+        return made
+
+    def _send_pickled(self, sent: Sent, made: list[_Made]) -> None:
+        if sent.route is HeaderRoute.PICKLE:
+            self._control.send_object([(m.obj, "" if m.error is None else describe(m.error)) for m in made])
 
     def _send_index(self, sents: list[Sent]) -> Sent:
+        """What stands in the header of a batch: where its index is, or what is the same for all of its requests."""
+        if any(sent.route is HeaderRoute.PICKLE for sent in sents):
+            return Sent(HeaderRoute.PICKLE)
+        if self._heals:
+            alike = all(sent.route is HeaderRoute.LOCAL and sent.reason in CHOICES for sent in sents)
+            if alike or len(sents) == 1:
+                return sents[0] if sents else Sent(HeaderRoute.LOCAL)
         index = index_of(sents)
         if self._writer is not None and all(sent.inline is None for sent in sents):
             try:
                 return Sent(HeaderRoute.SHM, handle=self._writer.put(encode(index, self._allow)))
             except (ArenaFull, OSError) as error:
-                note(self._counters, Reason.FULL, error)
-        return self._inline(index, Reason.CHOSEN)
+                full = describe(error)
+        else:
+            full = ""
+        if self._control.carries_tensors:
+            if full:
+                note(self._counters, Reason.FULL, full)
+            return self._inline(index, Reason.CHOSEN)
+        self._withdraw(sents)
+        return Sent(HeaderRoute.LOCAL if self._heals else HeaderRoute.NONE, Reason.FULL, text=full)
 
     def _send(self, obj: object, leaves: Leaves | None, *, heals: bool) -> _Made:
         """Bring `obj` on its way: put it into shared memory, or make the tensor that goes inline."""
@@ -144,11 +230,12 @@ class Entry:
                 reason = Reason.DISABLED if self._writer is None else Reason.CHOSEN
                 return _Made(obj, None, Sent(HeaderRoute.INLINE, reason, inline=pack_inline(encoded), size=size))
             try:
-                return _Made(obj, None, Sent(HeaderRoute.SHM, handle=self._put(encoded), size=size))
+                sent = Sent(HeaderRoute.SHM, handle=self._put(encoded), size=size, leaves=len(leaves or ()))
+                return _Made(obj, None, sent)
             except (ArenaFull, OSError) as error:
                 text = describe(error)
-            if heals:
-                return _Made(obj, None, Sent(HeaderRoute.LOCAL, Reason.FULL, text=text))
+            if heals or not self._control.carries_tensors:
+                return _Made(obj, None, Sent(otherwise, Reason.FULL, text=text))
             inline = pack_inline(encoded)
             return _Made(obj, None, Sent(HeaderRoute.INLINE, Reason.FULL, inline=inline, text=text, size=size))
         except Exception as error:
@@ -156,6 +243,8 @@ class Entry:
             return _Made(obj, None if heals else error, Sent(otherwise, Reason.ENCODE, text=describe(error)))
 
     def _goes_inline(self, size: int) -> bool:
+        if not self._control.carries_tensors:
+            return False
         if self._writer is None or self._policy.route is Route.INLINE:
             return True
         return self._policy.route is Route.AUTO and size <= self._policy.inline_max

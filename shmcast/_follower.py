@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from shmcast._control import ControlBroken, GroupControl
-from shmcast._sent import R, Sent, T, attempt, note, parse_index, walk
+from shmcast._control import Control, ControlBroken, NoHeader
+from shmcast._sent import Deliver, R, Sent, T, attempt, ignore, note, parse_index, walk
 from shmcast._wire import CHOICES, HeaderRoute, Reason
-from shmcast.errors import MaterializeError, PeerDied, ShmcastError
+from shmcast.errors import LayoutError, MaterializeError, PeerDied, ShmcastError
+from shmcast.policy import Policy, Route
 from shmcast.transport import Reader, unpack_inline
 
 if TYPE_CHECKING:
@@ -17,14 +18,20 @@ if TYPE_CHECKING:
 
     from shmcast._codec import Allow, Leaves
     from shmcast.metrics import Counters
-    from shmcast.policy import Policy
+
+
+class _Taken(NamedTuple):
+    """An object that came, and the bytes of its tensors that travelled."""
+
+    obj: object
+    size: int
 
 
 class Follower:
     """The receiving end of a group's collectives. `reader` is None where the group does without shared memory."""
 
     def __init__(
-        self, control: GroupControl, reader: Reader | None, policy: Policy, allow: Allow, counters: Counters
+        self, control: Control, reader: Reader | None, policy: Policy, allow: Allow, counters: Counters
     ) -> None:
         self._control = control
         self._reader = reader
@@ -41,127 +48,166 @@ class Follower:
             sent = self._receive()
             if sent.route is HeaderRoute.NONE:
                 raise MaterializeError(f"the entry rank could not send its object: {sent.text}")
-            return self._agreed(sent, lambda s: self._take(s, None))
+            return self._agreed(sent, lambda s: self._take(s, None).obj)
+        except NoHeader as late:
+            raise MaterializeError(f"the entry rank's object did not come: {late}") from late
         except ControlBroken as broken:
             raise self._gone(broken) from broken
 
     def materialize(self, raw: R, fn: Callable[[R], T]) -> T:
         """The entry rank's `fn(raw)`, or this rank's own where that is what all agreed on, or what heals."""
         fn = self._counters.timed("materialize")(fn)
-        leaves = self._walk(raw)
+        # Before the header comes: while the entry rank runs `fn`, this rank has nothing else to do.
+        leaves = walk(raw) if self._policy.peers_hold_raw else None
         try:
             sent = self._receive()
-            return self._resolve(sent, raw, fn, leaves)
+            if sent.route is HeaderRoute.NONE:
+                raise MaterializeError(f"fn raised on the entry rank: {sent.text}")
+            if self._heals:
+                return cast("T", self._resolve(sent, raw, fn, lambda: leaves).obj)
+            return self._agreed(sent, lambda s: cast("T", self._open(s, fn, leaves).obj))
+        except NoHeader as late:
+            return self._without(late, lambda: fn(raw))
         except ControlBroken as broken:
             return self._by_itself(broken, lambda: fn(raw))
 
-    def materialize_batch(self, raws: Sequence[R] | None, fn: Callable[[R], T]) -> list[T | Exception]:
-        """As `materialize`, for each request of a batch."""
+    def materialize_batch(
+        self, raws: Sequence[R] | None, fn: Callable[[R], T], *, deliver: Deliver = ignore
+    ) -> list[T | Exception]:
+        """As `materialize`, for each request of a batch. `deliver` gets each result as soon as it is there."""
         fn = self._counters.timed("materialize")(fn)
         mine = list(raws) if raws is not None and self._policy.peers_hold_raw else None
         if mine is not None:
             self._counters.observe("batch", len(mine))
-        leaves = [self._walk(raw) for raw in mine or ()]
         try:
             sent = self._receive()
-            return self._resolve_batch(sent, mine, fn, leaves)
+            if sent.route is HeaderRoute.NONE:
+                raise MaterializeError(f"the batch ended on the entry rank: {sent.text}")
+            if self._heals:
+                return self._resolve_batch(sent, mine or [], fn, deliver)
+            leaves = None if mine is None else [walk(raw) for raw in mine]
+            return self._agreed(sent, lambda s: self._open_batch(s, fn, leaves))
+        except NoHeader as late:
+            return self._without(late, lambda: [attempt(fn, raw) for raw in mine or ()])
         except ControlBroken as broken:
             return self._by_itself(broken, lambda: [attempt(fn, raw) for raw in mine or ()])
 
     # Following.
 
-    def _walk(self, raw: object) -> Leaves | None:
-        """Before the header comes: while the entry rank runs `fn`, this rank has nothing else to do."""
-        return walk(raw) if self._policy.peers_hold_raw else None
-
     def _receive(self) -> Sent:
         with self._counters.timed("header"):
             header = self._control.receive()
-        inline = self._control.receive_tensor(header.length) if header.route is HeaderRoute.INLINE else None
+        inline = objects = None
+        if header.route is HeaderRoute.INLINE:
+            inline = self._control.receive_tensor(header.length)
+        elif header.route is HeaderRoute.PICKLE:
+            if self._policy.route is not Route.PICKLE:
+                raise MaterializeError("the entry rank wants to send by pickle, which the policy of this rank does not")
+            objects = self._control.receive_object()
         if header.reason not in CHOICES:
             note(
                 self._counters, header.reason, f"the entry rank says: {header.text or 'no shared memory in this group'}"
             )
-        return Sent(header.route, header.reason, header.handle, inline, header.text)
+        leaves = header.length if header.route is HeaderRoute.SHM else 0
+        return Sent(header.route, header.reason, header.handle, inline, header.text, leaves=leaves, objects=objects)
 
-    def _resolve(self, sent: Sent, raw: R, fn: Callable[[R], T], leaves: Leaves | None) -> T:
-        if sent.route is HeaderRoute.LOCAL:
+    def _resolve(self, sent: Sent, raw: R, fn: Callable[[R], T], leaves: Callable[[], Leaves | None]) -> _Taken:
+        """What was sent, or what `fn` makes of this rank's own raw inputs."""
+        if sent.route in (HeaderRoute.LOCAL, HeaderRoute.NONE):
             self._counters.message("local", 0)
-            return fn(raw)
-        if sent.route is HeaderRoute.NONE:
-            raise MaterializeError(f"fn raised on the entry rank: {sent.text}")
-        if not self._heals:
-            agreed: T = self._agreed(sent, lambda s: self._take(s, leaves))
-            return agreed
+            return _Taken(fn(raw), 0)
         try:
-            taken: T = self._take(sent, leaves)
-            return taken
+            taken = self._take(sent, leaves() if sent.route is not HeaderRoute.RAW else None)
         except Exception as error:
             note(self._counters, Reason.OPEN, error)
-            return fn(raw)
+            return _Taken(fn(raw), 0)
+        return taken if sent.route is not HeaderRoute.RAW else _Taken(fn(cast("R", taken.obj)), taken.size)
 
-    def _resolve_batch(
-        self, sent: Sent, raws: list[R] | None, fn: Callable[[R], T], leaves: Sequence[Leaves | None]
-    ) -> list[T | Exception]:
-        if sent.route is HeaderRoute.LOCAL:
-            self._counters.message("local", 0)
-            return [attempt(fn, raw) for raw in raws or ()]
-        if sent.route is HeaderRoute.NONE:
-            raise MaterializeError(f"the batch ended on the entry rank: {sent.text}")
-        count = None if raws is None else len(raws)
-        if not self._heals:
-            return self._agreed(sent, lambda s: self._take_batch(s, count, leaves))
+    def _resolve_batch(self, sent: Sent, raws: list[R], fn: Callable[[R], T], deliver: Deliver) -> list[T | Exception]:
         try:
-            entries = self._take_index(sent, count)
+            entries = self._entries(sent, len(raws))
         except Exception as error:
             note(self._counters, Reason.OPEN, error)
-            return [attempt(fn, raw) for raw in raws or ()]
+            return [attempt(fn, raw) for raw in raws]
+        results: list[T | Exception] = []
         with self._giving_back(entries):
-            return [
-                attempt(lambda request: self._resolve(request[0], request[1], fn, request[2]), request)
-                for request in zip(entries, raws or (), leaves, strict=True)
-            ]
+            for entry, raw in zip(entries, raws, strict=True):
+                got = attempt(lambda pair: self._resolve(pair[0], pair[1], fn, lambda: walk(pair[1])), (entry, raw))
+                result, size = got if isinstance(got, _Taken) else (got, 0)
+                deliver(len(results), result, size)
+                results.append(cast("T | Exception", result))
+        return results
+
+    def _entries(self, sent: Sent, count: int) -> list[Sent]:
+        """What a header says of each request of a batch of which this rank has all raw inputs."""
+        if sent.route is HeaderRoute.LOCAL:
+            return [sent] * count
+        if sent.route is HeaderRoute.PICKLE:
+            return self._take_pickled(sent, count)
+        return [sent] if count == 1 else self._take_index(sent, count)
 
     # Taking.
 
-    def _take(
-        self, sent: Sent, leaves: Leaves | None, *, count: bool = True
-    ) -> Any:  # what the entry rank's fn returns
+    def _take(self, sent: Sent, leaves: Leaves | None, *, count: bool = True) -> _Taken:
         """The object that was sent; whatever goes wrong, the leases on it are given back."""
         started = perf_counter()
         if sent.route is HeaderRoute.INLINE and sent.inline is not None:
-            obj, size = unpack_inline(sent.inline, self._allow, leaves), sent.inline.numel()
+            taken = _Taken(unpack_inline(sent.inline, self._allow, leaves), sent.inline.numel())
         elif sent.handle is not None and self._reader is not None:
             try:
-                obj, size = self._reader.fetch(sent.handle, leaves, from_header=True)
+                if sent.leaves and leaves is not None and len(leaves) != sent.leaves:
+                    raise LayoutError(
+                        f"the raw inputs have {len(leaves)} tensors, arrays and long lists here, {sent.leaves} on the "
+                        "entry rank: are they equal, or did an earlier fn add to them?"
+                    )
+                taken = _Taken(*self._reader.fetch(sent.handle, leaves, from_header=True))
             except BaseException:
                 self._reader.discard(sent.handle)
                 raise
+        elif sent.route is HeaderRoute.PICKLE:
+            taken = _Taken(self._take_pickled(sent, 1)[0].objects, 0)
         else:
             raise MaterializeError(f"the entry rank sent by {sent.route.name.lower()} what this rank cannot take")
         if count:
             self._counters.observe("map", perf_counter() - started)
-            self._counters.message(sent.route.name.lower(), size)
-        return obj
+            self._counters.message(sent.route.name.lower(), taken.size)
+        return taken
+
+    def _open(self, sent: Sent, fn: Callable[[R], T], leaves: Leaves | None) -> _Taken:
+        """What was sent, where this rank may not fall back to raw inputs of its own."""
+        taken = self._take(sent, leaves if sent.route is not HeaderRoute.RAW else None)
+        return taken if sent.route is not HeaderRoute.RAW else _Taken(fn(cast("R", taken.obj)), taken.size)
+
+    def _take_pickled(self, sent: Sent, count: int | None) -> list[Sent]:
+        if not isinstance(sent.objects, list) or count not in (None, len(sent.objects)):
+            raise LayoutError("what the entry rank sent by pickle is no batch of this size, or could not be pickled")
+        made = (each if isinstance(each, tuple) and len(each) == 2 else (None, "no result") for each in sent.objects)
+        return [
+            Sent(HeaderRoute.NONE, Reason.RAISED, text=str(text))
+            if text
+            else Sent(HeaderRoute.PICKLE, objects=[(obj, "")])
+            for obj, text in made
+        ]
 
     def _take_index(self, sent: Sent, count: int | None) -> list[Sent]:
         try:
-            return parse_index(self._take(sent, None, count=False), count)
+            return parse_index(self._take(sent, None, count=False).obj, count)
         except BaseException:
             # The handles in it are not known, nor ever will be.
             if sent.handle is not None and self._reader is not None:
                 self._reader.discard_below(sent.handle)
             raise
 
-    def _take_batch(self, sent: Sent, count: int | None, leaves: Sequence[Leaves | None]) -> list[Any]:
-        entries = self._take_index(sent, count)
-        known = leaves or [None] * len(entries)
+    def _open_batch(self, sent: Sent, fn: Callable[[R], T], leaves: Sequence[Leaves | None] | None) -> list[Any]:
+        count = None if leaves is None else len(leaves)
+        pickled = sent.route is HeaderRoute.PICKLE
+        entries = self._take_pickled(sent, count) if pickled else self._take_index(sent, count)
         with self._giving_back(entries):
             return [
                 MaterializeError(f"fn raised on the entry rank: {entry.text}")
                 if entry.route is HeaderRoute.NONE
-                else self._take(entry, mine)
-                for entry, mine in zip(entries, known, strict=True)
+                else self._open(entry, fn, mine).obj
+                for entry, mine in zip(entries, leaves or [None] * len(entries), strict=True)
             ]
 
     @contextmanager
@@ -191,6 +237,13 @@ class Follower:
                 raise MaterializeError(f"a rank could not open the message: {sent.text}") from cause
 
     # Alone.
+
+    def _without(self, late: NoHeader, run: Callable[[], T]) -> T:
+        """This call goes without its header; the next may have one."""
+        note(self._counters, late.reason, late)
+        if not self._heals:
+            raise MaterializeError(f"the entry rank's result did not come: {late}") from late
+        return run()
 
     def _by_itself(self, broken: ControlBroken, run: Callable[[], T]) -> T:
         """The control plane is over: give back what was not opened, and run `fn` here from now on."""

@@ -1,6 +1,6 @@
 """Headers through shared memory: one ring, written by its writer alone, read by every reader at its own pace.
 
-The writer fills a slot and posts each reader's semaphore: a token is one header, and orders its bytes (L6, L10). How
+The writer fills a slot and posts each reader's semaphore: a token wakes it and orders the header's bytes (L6, L10). How
 many tokens a reader has left is how far it is behind: there is no other word between the two. A reader that stays a
 whole ring behind is skipped; what it missed it sees by the number in the slot.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import posix_ipc
 
-from shmcast._layout import SLOT, pack_slot, parse_slot
+from shmcast._layout import SLOT, Slot, pack_slot, parse_slot
 from shmcast.errors import ClosedError, PeerDied
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ SPIN: Final = 50e-6
 BRIEF: Final = 200e-6
 SLICE: Final = 0.2
 LONGEST_PAUSE: Final = 2e-3
+MARGIN: Final = 16
 
 
 class HeaderWriter:
@@ -57,6 +58,8 @@ class HeaderWriter:
         self._listening = listening
         self._granted = granted
         self._revoke = revoke
+        # One for the header that a reader is reading, the others for tokens that interrupts have lost.
+        self._margin = min(MARGIN, slots // 2)
         self._number = 0
         self._tokens = [0] * len(ready)
         self._below = [0] * slots
@@ -81,15 +84,23 @@ class HeaderWriter:
         for reader in listening:
             while self._tokens[reader] < self._number:
                 self._tokens[reader] += 1
-                self._ready[reader].release()
+                # The semaphore of a reader that never looks is full after 2**31.
+                with suppress(OSError):
+                    self._ready[reader].release()
         return skipped
 
+    def taken(self) -> dict[int, int]:
+        """For each reader that has headers to take: how many it has taken."""
+        waiting = {reader: ready.value for reader, ready in enumerate(self._ready)}
+        return {reader: self._tokens[reader] - value for reader, value in waiting.items() if value}
+
     def _has_room(self, reader: int, deadline: float) -> bool:
-        """Whether a reader has read what the next slot shows. It takes the token first: one more must be gone."""
+        """Whether a reader has read what the next slot shows."""
         pause = 1e-5
         if self._number < self._slots:
             return True
-        while self._ready[reader].value >= self._slots - 1:
+        enough = self._slots // 2 if reader in self._behind else self._slots - self._margin
+        while self._ready[reader].value >= enough:
             # One that was waited for in vain is not waited for again before it has caught up.
             if reader in self._behind or time.monotonic() >= deadline or reader not in self._listening():
                 self._behind.add(reader)
@@ -114,11 +125,11 @@ class HeaderReader:
         self._read = read
         self._base = base
         self._slots = slots
-        self._ready = ready
+        self._ready: posix_ipc.Semaphore | None = ready
         self._lives = lives
-        self._lock = threading.Lock()
+        # Taken again by a signal handler that closes this end in the middle of `receive`.
+        self._lock = threading.RLock()
         self._number = 0
-        self._token = False
         self._brief = True
         self._closed = False
 
@@ -129,56 +140,57 @@ class HeaderReader:
         `ClosedError` once this end was closed.
         """
         start = time.monotonic()
-        self._wait(start + timeout)
+        slot = self._wait(start + timeout)
         self._brief = time.monotonic() - start < BRIEF
-        # A signal handler may raise between the token and its use: then the next call uses it.
-        with self._lock:
-            self._check_open()
-            slot = self._read(self._base + self._number % self._slots * SLOT.size, SLOT.size)
-        header = parse_slot(slot, self._number)
-        self._number += 1
-        self._token = False
-        return header
+        number, self._number = self._number, self._number + 1
+        return slot.header if slot.number == number else None
 
     def close(self) -> None:
         """End a `receive` that waits, and let go of the semaphore, which nobody may be waiting on then."""
-        if not self._closed:
-            self._closed = True
-            self._ready.release()
+        self._closed = True
+        ready = self._ready
+        if ready is not None:
+            with suppress(OSError, ValueError, posix_ipc.Error):
+                ready.release()
             with self._lock:
-                self._ready.close()
+                if self._ready is not None:
+                    self._ready.close()
+                    self._ready = None
 
-    def _wait(self, deadline: float) -> None:
-        if self._brief and self._spin():
-            return
-        while not self._token:
+    def _wait(self, deadline: float) -> Slot:
+        slot = self._spin() if self._brief else None
+        while slot is None:
             # Asked before the wait: what a writer posted before it died is still taken.
             lives = self._lives()
             left = deadline - time.monotonic()
-            if self._take(max(0.0, min(SLICE, left)) if lives else 0.0):
-                return
-            if not lives:
+            slot = self._take(max(0.0, min(SLICE, left)) if lives else 0.0, sure=False)
+            if slot is None and not lives:
                 raise PeerDied("the writer is gone, and has left no header")
-            if left <= 0:
+            if slot is None and left <= 0:
                 raise TimeoutError("no header came in time")
+        return slot
 
-    def _spin(self) -> bool:
+    def _spin(self) -> Slot | None:
         """A header that comes at once needs no sleep; where the last one did not, this is not called."""
         end = time.perf_counter() + SPIN
-        while time.perf_counter() < end:
-            if self._take(0.0):
-                return True
-        return False
+        slot = None
+        while slot is None and time.perf_counter() < end:
+            slot = self._take(0.0, sure=True)
+        return slot
 
-    def _take(self, timeout: float) -> bool:
+    def _take(self, timeout: float, *, sure: bool) -> Slot | None:
+        """What the next slot shows after at most `timeout` seconds, if it is the next header or one after it.
+
+        `sure`: only behind a token. Else the slot is looked at without one too: a signal handler that raised between
+        the token and its use has taken the token with it. A token too many finds an old slot, and nothing is lost.
+        """
         with self._lock:
-            self._check_open()
-            if not self._token:
-                with suppress(posix_ipc.BusyError, posix_ipc.SignalError):
-                    self._ready.acquire(timeout)
-                    self._token = True
-            return self._token
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("this reader was closed")
+            if self._closed or self._ready is None:
+                raise ClosedError("this reader was closed")
+            try:
+                self._ready.acquire(timeout)
+            except (posix_ipc.BusyError, posix_ipc.SignalError):
+                if sure:
+                    return None
+            slot = parse_slot(self._read(self._base + self._number % self._slots * SLOT.size, SLOT.size))
+            return slot if slot is not None and slot.number >= self._number else None

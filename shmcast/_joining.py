@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shmcast._codec import Allow
 from shmcast._layout import VERSION
+from shmcast._wire import Address
 from shmcast.errors import LayoutError, ShmcastError
-from shmcast.policy import Policy, Route
+from shmcast.policy import Policy, Route, read_environment
+from shmcast.transport import Reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from shmcast._control import GroupControl
+    from shmcast._segment import Isolation
 
 TEXT = 400
+MAX_TIMEOUT = 30 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Offer:
         holds_raw: this rank passes its own raw inputs.
         agree: this rank wants every rank to agree on each message.
         disabled: its environment forbids shared memory.
-        address: of the writer, in hexadecimal, from the entry rank.
+        address: of its writer, in hexadecimal, where it has one.
         trouble: why it cannot use shared memory.
         wrong: why its arguments or environment are refused; ends the constructor on every rank.
     """
@@ -67,6 +73,47 @@ class Offer:
         return offer
 
 
+class Settings(NamedTuple):
+    """What one rank was made with."""
+
+    src: int
+    capacity: int | None
+    isolation: Isolation
+    control: str
+    policy: Policy
+    allow: Any  # checked here: an iterable of classes and package names, then a tuple
+    timeout: float
+    disabled: bool = False
+
+    def check(self, size: int) -> Settings:
+        """These settings with those of the environment, for a group of `size`; `ValueError` and `TypeError` else."""
+        if self.control not in ("group", "ring"):
+            raise ValueError(f"control={self.control!r}: 'group' or 'ring'")
+        if self.isolation not in ("cow", "guard", "shared"):
+            raise ValueError(f"isolation={self.isolation!r}: cow, guard or shared")
+        if not 0 <= self.src < size:
+            raise ValueError(f"src={self.src}: a rank of the group, 0 to {size - 1}")
+        if not isinstance(self.policy, Policy):
+            raise TypeError(f"policy={self.policy!r}: a Policy")
+        if not 0 < self.timeout < MAX_TIMEOUT:
+            raise ValueError(f"timeout={self.timeout}: seconds, more than none and less than a month")
+        if self.control == "ring":
+            check_ring(self.policy)
+        Allow(self.allow)
+        environment = read_environment()
+        policy = self.policy
+        if environment.inline_max is not None:
+            policy = replace(policy, inline_max=environment.inline_max)
+        capacity = environment.capacity if self.capacity is None else self.capacity
+        return self._replace(capacity=capacity, policy=policy, allow=tuple(self.allow), disabled=environment.disabled)
+
+    def offer(self, **others: int | str) -> Offer:
+        """What this rank says first. `others`: more that must be equal on all ranks."""
+        digest, shown = settings_of(self.policy, self.allow, src=self.src, control=self.control, **others)
+        holds, agree = self.policy.peers_hold_raw, self.policy.agree
+        return Offer(digest, shown, self.src, secrets.randbits(64), holds, agree, self.disabled)
+
+
 class Verdict(NamedTuple):
     """What all ranks concluded, from the same offers: where they differ, what makes no rank wait for another.
 
@@ -81,16 +128,34 @@ class Verdict(NamedTuple):
     agree: bool
 
 
-def settings_of(src: int, policy: Policy, allow: Sequence[type | str]) -> tuple[str, str]:
+def settings_of(policy: Policy, allow: Sequence[type | str], **others: int | str) -> tuple[str, str]:
     """Digest and short text of what must be equal on all ranks."""
     names = sorted(item if isinstance(item, str) else f"{item.__module__}.{item.__qualname__}" for item in allow)
     policy_fields = asdict(replace(policy, route=Route(policy.route).value)) | {"route": Route(policy.route).value}
-    shown = json.dumps({"version": VERSION, "src": src, **policy_fields, "allow": names}, sort_keys=True)
+    shown = json.dumps({"version": VERSION, **others, **policy_fields, "allow": names}, sort_keys=True)
     return hashlib.sha256(shown.encode()).hexdigest(), shown
 
 
-def join(control: GroupControl, offer: Offer, attach: Callable[[int, str], str]) -> Verdict:
-    """Exchange offers, then let `attach` map the entry rank's segments; it returns what went wrong, or nothing.
+def check_ring(policy: Policy) -> None:
+    """Raise `ValueError` for a policy that takes collectives, which neither a ring nor spread work has."""
+    if policy.route in (Route.INLINE, Route.PICKLE) or policy.agree:
+        asked = "agree=True" if policy.agree else f"route={Route(policy.route).value!r}"
+        raise ValueError(f"Policy({asked}) takes collectives: only control='group' with one entry rank has them")
+
+
+def patience(timeout: object, default: float) -> float:
+    """The timeout of the first exchanges: one that is wrong is said in them, for which it takes one that is right."""
+    return float(timeout) if isinstance(timeout, (int, float)) and 0 < timeout < MAX_TIMEOUT else default
+
+
+def attach(address: str, rank: int, src: int, settings: Settings) -> Reader:
+    """The reader of rank `rank` on the writer of rank `src`, from the address in its offer."""
+    writer = Address.parse(bytes.fromhex(address))
+    return Reader(writer, rank - (rank > src), isolation=settings.isolation, allow=settings.allow)
+
+
+def join(control: GroupControl, offer: Offer, attach: Callable[[list[Offer]], str]) -> Verdict:
+    """Exchange offers, then let `attach` map the writers' segments; it returns what went wrong, or nothing.
 
     Raises `ShmcastError` where another rank's arguments are wrong.
     """
@@ -100,7 +165,7 @@ def join(control: GroupControl, offer: Offer, attach: Callable[[int, str], str])
             raise ShmcastError(f"rank {rank} was made with wrong arguments: {other.wrong}")
     why = _difference(offers)
     if not why:
-        trouble = attach(offers[0].src, offers[offers[0].src].address)
+        trouble = attach(offers)
         troubles = [
             raw.decode("utf-8", "replace") for raw in control.exchange(trouble[:TEXT].encode("utf-8", "replace"))
         ]

@@ -74,8 +74,8 @@ Invariants; code and tests cite them by name.
     L8  Nothing parsed is used before all of it is checked; whatever is wrong is a `LayoutError`.
     L9  A reader that has said OPENED looks at its floor after a full fence; a writer that has raised the floor looks
         for OPENED after one: a ticket below it is either not taken back or not read on.
-    L10 A token in a reader's semaphore is one header. What the slot shows is that header or another number: then the
-        reader has missed it.
+    L10 A reader takes headers in the order of their numbers; a higher number in a slot means that it missed one. Tokens
+        in its semaphore are how many it has not taken: they wake it, order the bytes (L6) and hold the writer back.
 """
 
 from __future__ import annotations
@@ -294,13 +294,19 @@ def pack_slot(number: int, header: Bytes) -> bytes:
     return raw + WORD.pack(zlib.crc32(raw))
 
 
-def parse_slot(raw: Bytes, number: int) -> bytes | None:
-    """Header `number` out of its slot's bytes; None where they show another one, or one that is being written."""
+class Slot(NamedTuple):
+    """What a header slot shows."""
+
+    number: int
+    header: bytes
+
+
+def parse_slot(raw: Bytes) -> Slot | None:
+    """The header in a slot's bytes; None where nothing was written yet, or is being written."""
     if len(raw) != SLOT.size:
         raise LayoutError(f"a header slot has {SLOT.size} bytes, not {len(raw)}")
-    found, header, crc = SLOT.unpack(raw)
-    intact = crc == zlib.crc32(raw[: -WORD.size])
-    return bytes(header) if intact and found == number else None
+    number, header, crc = SLOT.unpack(raw)
+    return Slot(number, header) if crc == zlib.crc32(raw[: -WORD.size]) else None
 
 
 # Blocks and messages.

@@ -198,6 +198,11 @@ class Leases:
             self._floor = max(self._floor, below)
             self._post_later(EntryKind.DISCARDED, below)
 
+    def was_revoked(self, handle: Handle) -> bool:
+        """Whether the writer has taken this reader's leases on `handle` back: it was too late."""
+        with self._lock:
+            return not self._closing and handle.ticket_of(self.index, 0) < self._revoked()
+
     def report(self, segment: int) -> None:
         """Have the writer use a segment no more."""
         with self._lock:

@@ -9,11 +9,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from shmcast._layout import PAGE
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SHM: Final = "/dev/shm"
 UNLIMITED: Final = 1 << 60
+MAX_CAPACITY: Final = 2 << 30
 
 
 class Room(NamedTuple):
@@ -98,3 +101,8 @@ def _left(files: _Files, folder: Path) -> int | None:
         return limit - usage + int(stat.get(files.inactive, "0"))
     except (OSError, ValueError):
         return None
+
+
+def default_capacity(writers: int = 1) -> int:
+    """A quarter of what is free, at most 2 GiB, shared by the ranks that may write."""
+    return max(2 * PAGE, min(room().free // 4, MAX_CAPACITY) // writers)

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from shmcast._codec import Leaves
-from shmcast._wire import TEXT_BYTES, Handle, Header, HeaderRoute, Reason
+from shmcast._codec import Leaves, nbytes_of
+from shmcast._costs import Weight
+from shmcast._wire import TEXT_BYTES, WITH_HANDLE, Handle, Header, HeaderRoute, Reason
 from shmcast.errors import LayoutError
+from shmcast.multimodal import is_hashed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from shmcast.metrics import Counters
 
 R = TypeVar("R")
 T = TypeVar("T")
 
+Deliver = Callable[[int, object, int], None]
+"""Gets the number of a request in its batch, its object or exception, and the bytes of shared memory it pins."""
+
 log = logging.getLogger("shmcast")
 
 
 class Sent(NamedTuple):
-    """Route and content: a handle (`shm`), a message as one uint8 tensor (`inline`), or the error's text (`none`)."""
+    """Route and content: a handle (`shm`, `raw`), a message as one uint8 tensor (`inline`), an error's text (`none`).
+
+    `objects`: what came by pickle: for each request what `fn` made, or the text of what it raised.
+    `leaves`: how many the raw inputs have that the message may refer to; 0 where it refers to none.
+    """
 
     route: HeaderRoute
     reason: Reason = Reason.CHOSEN
@@ -31,10 +39,12 @@ class Sent(NamedTuple):
     inline: Tensor | None = None
     text: str = ""
     size: int = 0
+    leaves: int = 0
+    objects: object = None
 
     def header(self) -> Header:
         """What a collective carries of it."""
-        length = 0 if self.inline is None else self.inline.numel()
+        length = self.leaves if self.inline is None else self.inline.numel()
         return Header(self.route, 0, reason=self.reason, length=length, handle=self.handle, text=self.text)
 
 
@@ -47,6 +57,7 @@ def index_of(sents: list[Sent]) -> object:
             bytes(sent.handle) if sent.handle else b"",
             sent.inline,
             sent.text[:TEXT_BYTES],
+            sent.leaves,
         )
         for sent in sents
     ]
@@ -61,17 +72,22 @@ def parse_index(index: object, count: int | None) -> list[Sent]:
 
 def _parse_entry(entry: Any) -> Sent:
     try:
-        route, reason, handle, inline, text = entry
-        sent = Sent(HeaderRoute(route), Reason(reason), Handle.parse(handle) if handle else None, inline, text)
+        route, reason, handle, inline, text, leaves = entry
+        parsed = Handle.parse(handle) if handle else None
+        sent = Sent(HeaderRoute(route), Reason(reason), parsed, inline, text, leaves=leaves)
     except (TypeError, ValueError) as error:
         raise LayoutError(f"an entry in the index of a batch: {error}") from error
-    if (sent.handle is not None) != (sent.route is HeaderRoute.SHM) or type(text) is not str:
+    if (sent.handle is not None) != (sent.route in WITH_HANDLE) or type(text) is not str or type(leaves) is not int:
         raise LayoutError(f"an entry in the index of a batch with route {sent.route.name} and handle {sent.handle}")
     if (type(inline) is Tensor) != (sent.route is HeaderRoute.INLINE):
         raise LayoutError(
             f"an entry in the index of a batch with route {sent.route.name}, inline {type(inline).__name__}"
         )
     return sent
+
+
+def ignore(number: int, result: object, size: int) -> None:
+    """A `Deliver` for those who wait for the whole batch."""
 
 
 def attempt(fn: Callable[[R], T], raw: R) -> T | Exception:
@@ -88,6 +104,15 @@ def describe(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:
         return type(error).__name__
+
+
+def weigh(raw: object) -> Weight:
+    """What a request weighs before `fn` runs; nothing, where its raw inputs cannot be walked."""
+    try:
+        return Weight(nbytes_of(raw), is_hashed(raw))
+    except Exception as error:
+        log.debug("raw inputs that cannot be weighed: %s", describe(error))
+        return Weight(0, False)
 
 
 def walk(raw: object) -> Leaves | None:

@@ -33,10 +33,11 @@ Header: what one collective of the control plane carries.
         13     1  call      entry rank: 1 broadcast, 2 materialize, 3 materialize_batch
         14     2  reason    entry rank: why the route is not the first choice, 0 when it is (`Reason`)
         16     8  sequence  entry rank: counts the calls of a control plane
-        24     8  length    entry rank: bytes of the one tensor that follows (inline), else 0
+        24     8  length    entry rank: bytes of the one tensor that follows (inline); leaves of its raw inputs (shm)
         32    80  handle    entry rank (shm, raw), else zeros
        112     8  plane     entry rank: which control plane this is, agreed on in the constructor
-       120   132  text      entry rank: UTF-8, zero padded
+       120     8  batch     entry rank: digest of the batch that a scheduler handed in, else 0
+       128   124  text      entry rank: UTF-8, zero padded
        252     4  checksum  entry rank: CRC-32 of bytes 0 to 251
 """
 
@@ -53,11 +54,11 @@ from shmcast.errors import LayoutError
 
 HANDLE_MAGIC: Final = b"SHMh"
 HEADER_MAGIC: Final = b"SHMHEAD1"
-TEXT_BYTES: Final = 132
+TEXT_BYTES: Final = 124
 
 ADDRESS: Final = struct.Struct("<16sII")
 HANDLE: Final = struct.Struct("<4sI16sIIQQQQQ4xI")
-HEADER: Final = struct.Struct("<8sIBBHQQ80sQ132sI")
+HEADER: Final = struct.Struct("<8sIBBHQQ80sQQ124sI")
 
 
 class Reason(IntEnum):
@@ -209,7 +210,11 @@ class Handle:
 
 
 class Header(NamedTuple):
-    """What the entry rank says of one message. `length`: bytes of the tensor broadcast that follows (inline)."""
+    """What the entry rank says of one message.
+
+    `length`: bytes of the tensor broadcast that follows (inline), or how many leaves its raw inputs have (shm).
+    `batch`: whose requests it speaks of.
+    """
 
     route: HeaderRoute
     sequence: int
@@ -219,6 +224,7 @@ class Header(NamedTuple):
     length: int = 0
     handle: Handle | None = None
     text: str = ""
+    batch: int = 0
 
     def __bytes__(self) -> bytes:
         raw = HEADER.pack(
@@ -231,6 +237,7 @@ class Header(NamedTuple):
             self.length,
             bytes(self.handle) if self.handle else b"",
             self.plane,
+            self.batch,
             self.text.encode("utf-8", "replace")[:TEXT_BYTES],
             0,
         )[:-4]
@@ -241,7 +248,7 @@ def parse_header(raw: Bytes, plane: int) -> Header:
     """The header in `raw`, which must be of control plane `plane`."""
     if len(raw) != HEADER.size:
         raise LayoutError(f"a header has {HEADER.size} bytes, not {len(raw)}")
-    magic, version, route, found_call, reason, found, length, handle, found_plane, text, crc = HEADER.unpack(raw)
+    magic, version, route, found_call, reason, found, length, handle, found_plane, batch, text, crc = HEADER.unpack(raw)
     if magic != HEADER_MAGIC or version != VERSION:
         raise LayoutError(f"not a header of format {VERSION}: another collective ran on this group in between")
     if crc != zlib.crc32(raw[: HEADER.size - 4]):
@@ -263,13 +270,16 @@ def parse_header(raw: Bytes, plane: int) -> Header:
         length,
         Handle.parse(handle) if route in WITH_HANDLE else None,
         text.rstrip(b"\0").decode("utf-8", "replace"),
+        batch,
     )
 
 
-def check_call(header: Header, sequence: int, call: Call) -> None:
-    """Raise `LayoutError` unless `header` is of call number `sequence`, a call of kind `call`."""
+def check_call(header: Header, sequence: int, call: Call, batch: int = 0) -> None:
+    """Raise `LayoutError` unless `header` is of call number `sequence`, a call of kind `call`, over that batch."""
     if (header.sequence, header.call) != (sequence, call):
         raise LayoutError(
             f"the entry rank is in call {header.sequence}, of kind {header.call}, this rank in call {sequence}, of "
             f"kind {call}: the ranks did not make the same calls"
         )
+    if header.batch != batch:
+        raise LayoutError(f"call {sequence}: the batch of the entry rank has other keys, or raw inputs of other sizes")

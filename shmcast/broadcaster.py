@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakSet
 
 import torch
 
 from shmcast._codec import Allow, encode
-from shmcast._control import GroupControl, cpu_group
+from shmcast._control import Control, GroupControl, cpu_group
 from shmcast._entry import Entry
 from shmcast._follower import Follower
-from shmcast._joining import Offer, Verdict, join, settings_of
+from shmcast._joining import Offer, Settings, Verdict, attach, join, patience
+from shmcast._layout import HEADER_SLOTS
+from shmcast._planes import RingControl
 from shmcast._sent import attempt, describe
-from shmcast._wire import Address, Call, Handle
+from shmcast._wire import Call, Handle
 from shmcast.errors import ArenaFull, ClosedError, ShmcastError
 from shmcast.metrics import Counters, Stats, merge
 from shmcast.multimodal import MultimodalInputs
-from shmcast.policy import Policy, Route, read_environment
+from shmcast.policy import Policy, Route
 from shmcast.transport import Reader, Writer
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from shmcast._segment import Isolation
 
 DEFAULT_TIMEOUT = 30.0
-MAX_TIMEOUT = 30 * 86400.0
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -46,39 +46,6 @@ T = TypeVar("T")
 log = logging.getLogger("shmcast")
 
 _broadcasters: WeakSet[Broadcaster] = WeakSet()
-
-
-class _Settings(NamedTuple):
-    """What one rank was made with."""
-
-    src: int
-    capacity: int | None
-    isolation: Isolation
-    control: str
-    policy: Policy
-    allow: Any  # checked here: an iterable of classes and package names, then a tuple
-    timeout: float
-    disabled: bool = False
-
-    def check(self, size: int) -> _Settings:
-        """These settings with those of the environment, for a group of `size`; `ValueError` and `TypeError` else."""
-        if self.control != "group":
-            raise ValueError(f"control={self.control!r}: it is 'group'")
-        if self.isolation not in ("cow", "guard", "shared"):
-            raise ValueError(f"isolation={self.isolation!r}: cow, guard or shared")
-        if not 0 <= self.src < size:
-            raise ValueError(f"src={self.src}: a rank of the group, 0 to {size - 1}")
-        if not isinstance(self.policy, Policy):
-            raise TypeError(f"policy={self.policy!r}: a Policy")
-        if not 0 < self.timeout < MAX_TIMEOUT:
-            raise ValueError(f"timeout={self.timeout}: seconds, more than none and less than a month")
-        Allow(self.allow)
-        environment = read_environment()
-        policy = self.policy
-        if environment.inline_max is not None:
-            policy = replace(policy, inline_max=environment.inline_max)
-        capacity = environment.capacity if self.capacity is None else self.capacity
-        return self._replace(capacity=capacity, policy=policy, allow=tuple(self.allow), disabled=environment.disabled)
 
 
 class Broadcaster:
@@ -93,7 +60,9 @@ class Broadcaster:
         src: the entry rank, a rank of the group (not a global one).
         capacity: the most bytes of shared memory; default `SHMCAST_CAPACITY`, else as for `Writer`.
         isolation: as for `Reader`; may differ between ranks.
-        control: `group`: headers are broadcast over the group.
+        control: `group`: headers are broadcast over the group. `ring`: they go through shared memory, several times
+            sooner; nothing travels inline then, no rank can agree, and a rank that misses a header runs `fn` itself.
+            A rank that stays a whole ring (1024 headers) behind loses what it had not opened, handles of `share` too.
         policy: how messages travel. `SHMCAST_INLINE_MAX` replaces its `inline_max`; `SHMCAST_DISABLE=1` on any rank
             keeps the whole group off shared memory.
         allow: classes, or names of packages, whose instances may travel; `shmcast.multimodal` always may.
@@ -121,19 +90,17 @@ class Broadcaster:
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self._end: Entry | Follower | None = None
-        self._control: GroupControl | None = None
+        self._control: Control | None = None
         self._local = False
         self._why = "a group of one needs no shared memory"
-        settings = _Settings(src, capacity, isolation, control, Policy() if policy is None else policy, allow, timeout)
+        settings = Settings(src, capacity, isolation, control, Policy() if policy is None else policy, allow, timeout)
         cpu = cpu_group(group)
         if cpu is None:
             settings.check(1)
         else:
-            # A timeout that is wrong is said in the exchange, for which it takes one that is right.
-            patience = timeout if isinstance(timeout, (int, float)) and 0 < timeout < MAX_TIMEOUT else DEFAULT_TIMEOUT
-            self._control = GroupControl(cpu, patience)
+            self._control = plane = GroupControl(cpu, patience(timeout, DEFAULT_TIMEOUT))
             try:
-                self._join(self._control, settings)
+                self._join(plane, settings)
             except BaseException:
                 self.close()
                 raise
@@ -255,7 +222,7 @@ class Broadcaster:
 
     # Joining.
 
-    def _join(self, control: GroupControl, settings: _Settings) -> None:
+    def _join(self, control: GroupControl, settings: Settings) -> None:
         """Every rank goes through both exchanges, whatever its arguments; the first to be wrong is named on all."""
         wrong: Exception | None = None
         try:
@@ -265,7 +232,7 @@ class Broadcaster:
             wrong = error
             offer = Offer(wrong=describe(error))
         try:
-            verdict = join(control, offer, lambda src, address: self._attach(control, settings, src, address))
+            verdict = join(control, offer, lambda offers: self._attach(control, settings, offers))
         except ShmcastError:
             if wrong is not None:
                 raise wrong from None
@@ -282,18 +249,19 @@ class Broadcaster:
             agree=verdict.agree,
             route=Route.AUTO if verdict.route is Route.INLINE else settings.policy.route,
         )
+        end = self._writer or self._reader
+        if settings.control == "ring" and end is not None:
+            self._control = ring = RingControl(control.rank, control.size, settings.timeout, end)
+            ring.settle(verdict.src, verdict.plane)
         control.settle(verdict.src, verdict.plane)
         allow = Allow(settings.allow)
         if control.leads:
-            self._end = Entry(control, self._writer, policy, allow, self._counters)
+            self._end = Entry(self._control or control, self._writer, policy, allow, self._counters)
         else:
-            self._end = Follower(control, self._reader, policy, allow, self._counters)
+            self._end = Follower(self._control or control, self._reader, policy, allow, self._counters)
 
-    def _offer(self, control: GroupControl, settings: _Settings) -> Offer:
-        policy = settings.policy
-        digest, shown = settings_of(settings.src, policy, settings.allow)
-        plane = secrets.randbits(64)
-        offer = Offer(digest, shown, settings.src, plane, policy.peers_hold_raw, policy.agree, settings.disabled)
+    def _offer(self, control: GroupControl, settings: Settings) -> Offer:
+        offer = settings.offer()
         if settings.disabled or control.rank != settings.src:
             return offer
         try:
@@ -301,8 +269,9 @@ class Broadcaster:
                 control.size - 1,
                 capacity=settings.capacity,
                 allow=settings.allow,
-                policy=policy,
+                policy=settings.policy,
                 rank=control.rank,
+                slots=HEADER_SLOTS if settings.control == "ring" else 0,
             )
         except ValueError:
             raise
@@ -310,14 +279,12 @@ class Broadcaster:
             return replace(offer, trouble=describe(error))
         return replace(offer, address=bytes(self._writer.address).hex())
 
-    def _attach(self, control: GroupControl, settings: _Settings, src: int, address: str) -> str:
+    def _attach(self, control: GroupControl, settings: Settings, offers: list[Offer]) -> str:
         """Map the entry rank's segments; what went wrong, or nothing."""
-        if control.rank == src:
-            return ""
         try:
-            writer = Address.parse(bytes.fromhex(address))
-            index = control.rank - (control.rank > src)
-            self._reader = Reader(writer, index, isolation=settings.isolation, allow=settings.allow)
+            src = offers[0].src
+            if control.rank != src:
+                self._reader = attach(offers[src].address, control.rank, src, settings)
         except Exception as error:
             return describe(error)
         return ""

@@ -338,6 +338,20 @@ class MultimodalInputs:
                 setattr(self, name, value)
 
 
+def is_hashed(raw: Any) -> bool:
+    """Whether every item of a processor's output carries its hash already; computes none."""
+    items = raw.get("mm_items") if isinstance(raw, dict) else getattr(raw, "mm_items", None)
+    return isinstance(items, list) and bool(items) and all(map(_carries_hash, items))
+
+
+def _carries_hash(item: Any) -> bool:
+    if isinstance(item, dict):
+        return item.get("hash") is not None
+    if isinstance(item, MultimodalDataItem):
+        return isinstance(vars(item).get("hash"), int)
+    return getattr(item, "hash", None) is not None
+
+
 def _item_of(raw: Any) -> MultimodalDataItem:
     if isinstance(raw, MultimodalDataItem):
         return raw

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakSet, finalize, ref
 
 import numpy as np
+import posix_ipc
 import torch
 
 from shmcast import _layout, _reclaim
@@ -81,7 +82,6 @@ class Writer:
         self._closed = False
         _reclaim.sweep()
         self._arena = Arena(readers, capacity, rank, slots=slots)
-        self._headers = self._arena.headers() if slots else None
         self._announcing = threading.Lock()
         _writers.add(self)
 
@@ -141,10 +141,15 @@ class Writer:
             opened of the messages published up to it is taken back.
         """
         self._check_open()
-        if self._headers is None:
+        headers = self._arena.headers
+        if headers is None:
             raise ShmcastError("this writer was made without slots for headers")
-        with self._announcing:
-            return self._headers.post(header, self._policy.wait)
+        try:
+            with self._announcing:
+                return headers.post(header, self._policy.wait)
+        except posix_ipc.Error:
+            self._check_open()  # `close` came in between
+            raise
 
     def withdraw(self, handle: Handle) -> None:
         """Take back what will not be opened. Who opens it later gets `StaleHandle`; who has opened it keeps it."""
@@ -303,7 +308,7 @@ class Reader:
         try:
             opened = self._leases.open(handle)
         except (LayoutError, StaleHandle):
-            if from_header:
+            if from_header and not self._leases.was_revoked(handle):
                 self._leases.report(handle.where.segment)
             raise
         try:

@@ -11,8 +11,8 @@ from typing import Any
 import posix_ipc
 import pytest
 
-from shmcast import _arena, _segment
-from shmcast._arena import Arena, default_capacity
+from shmcast import _arena, _room, _segment
+from shmcast._arena import Arena
 from shmcast._blocks import Block
 from shmcast._layout import (
     MAX_TICKETS,
@@ -33,7 +33,7 @@ from shmcast._layout import (
 )
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._ring import Outbox
-from shmcast._room import Room
+from shmcast._room import Room, default_capacity
 from shmcast._tickets import Held
 from shmcast._wire import Address, Handle
 from shmcast.errors import ArenaFull, ClosedError, LayoutError, ShmcastError
@@ -204,12 +204,12 @@ def test_the_default_capacity_is_a_share_of_what_is_free(monkeypatch: pytest.Mon
         (1 << 40, 1, 2 << 30),
         (0, 1, 2 * PAGE),
     ):
-        monkeypatch.setattr(_arena, "room", lambda free=free: Room(free, "test"))
+        monkeypatch.setattr(_room, "room", lambda free=free: Room(free, "test"))
         assert default_capacity(writers) == expected
 
 
 def test_an_arena_without_a_capacity_takes_the_default(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_arena, "room", lambda: Room(12 * PAGE, "test"))
+    monkeypatch.setattr(_room, "room", lambda: Room(12 * PAGE, "test"))
     arena = Arena(1, None, 0)
     stage.arenas.append(arena)
     assert (arena.capacity, arena.usage()[3]) == (3 * PAGE, 3 * PAGE)

@@ -78,7 +78,8 @@ HEADER = {
     "length": (24, 8),
     "handle": (32, 80),
     "plane": (112, 8),
-    "text": (120, 132),
+    "batch": (120, 8),
+    "text": (128, 124),
     "checksum": (252, 4),
 }
 
@@ -130,10 +131,12 @@ def message_block(message: Message = MESSAGE, generation: int = 41, length: int 
     return block
 
 
-def parsed(raw: bytes | bytearray, sequence: int = 6, call: Call = Call.MATERIALIZE, plane: int = 9) -> Header:
+def parsed(
+    raw: bytes | bytearray, sequence: int = 6, call: Call = Call.MATERIALIZE, plane: int = 9, batch: int = 0
+) -> Header:
     """The header in `raw`, as rank in that call would read it."""
     header = _wire.parse_header(raw, plane)
-    _wire.check_call(header, sequence, call)
+    _wire.check_call(header, sequence, call, batch)
     return header
 
 
@@ -273,7 +276,7 @@ def test_handle_bytes() -> None:
 def test_header_bytes() -> None:
     handle = example_handle()
     text = "voll: \N{LATIN SMALL LETTER A WITH DIAERESIS}"
-    header = Header(HeaderRoute.SHM, 6, Call.BATCH, 2**64 - 3, Reason.FULL, 12, handle, text)
+    header = Header(HeaderRoute.SHM, 6, Call.BATCH, 2**64 - 3, Reason.FULL, 12, handle, text, 7)
     expected = put(
         bytearray(256),
         HEADER,
@@ -286,10 +289,11 @@ def test_header_bytes() -> None:
         sequence=6,
         length=12,
         handle=bytes(handle),
-        text=b"voll: \xc3\xa4".ljust(132, b"\0"),
+        batch=7,
+        text=b"voll: \xc3\xa4".ljust(124, b"\0"),
     )
     assert bytes(header) == seal(expected)
-    assert parsed(expected, 6, Call.BATCH, 2**64 - 3) == header
+    assert parsed(expected, 6, Call.BATCH, 2**64 - 3, 7) == header
 
 
 def test_struct_sizes() -> None:
@@ -847,7 +851,7 @@ def test_only_the_shm_route_carries_a_handle() -> None:
 def test_a_long_text_is_cut_and_never_breaks_the_header(text: str) -> None:
     got = parsed(bytes(example_header(HeaderRoute.NONE, text=text))).text
     sent = text.encode("utf-8", "replace")
-    if len(sent) <= 132:
+    if len(sent) <= 124:
         assert got == sent.decode().rstrip("\0")
     else:
         # The cut may fall inside a character: that one, and no other, is replaced.
@@ -864,11 +868,12 @@ def test_a_long_text_is_cut_and_never_breaks_the_header(text: str) -> None:
         st.sampled_from(Reason),
         st.integers(0, 2**64 - 1),
         st.none(),
-        st.text("ab\N{EURO SIGN}", max_size=44),
+        st.text("ab\N{EURO SIGN}", max_size=41),
+        st.integers(0, 2**64 - 1),
     )
 )
 def test_headers_round_trip(header: Header) -> None:
-    assert parsed(bytes(header), header.sequence, header.call, header.plane) == header
+    assert parsed(bytes(header), header.sequence, header.call, header.plane, header.batch) == header
 
 
 # --- any bytes at all (L8)

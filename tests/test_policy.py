@@ -25,7 +25,7 @@ def test_a_route_may_be_given_by_name(route: Route) -> None:
     assert Policy(route=route).route is route
 
 
-@pytest.mark.parametrize("route", ["", "SHM", "pickle", "none"])
+@pytest.mark.parametrize("route", ["", "SHM", "pickled", "none"])
 def test_refuses_an_unknown_route(route: str) -> None:
     with pytest.raises(ValueError, match=f"'{route}' is not a valid Route"):
         Policy(route=route)

@@ -19,7 +19,7 @@ Imports point down:
 from ._allow import Allow
 from ._decode import decode
 from ._encode import Encoded, encode
-from ._leaves import Leaves
+from ._leaves import Leaves, nbytes_of
 from ._pieces import Piece
 
-__all__ = ["Allow", "Encoded", "Leaves", "Piece", "decode", "encode"]
+__all__ = ["Allow", "Encoded", "Leaves", "Piece", "decode", "encode", "nbytes_of"]

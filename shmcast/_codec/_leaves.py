@@ -70,31 +70,12 @@ class Leaves:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors and arrays among the leaves."""
-        plain = (leaf for leaf in self.objects if not isinstance(leaf, torch.Tensor) or is_plain(leaf))
-        return sum(leaf.nbytes for leaf in plain if isinstance(leaf, (torch.Tensor, np.ndarray)))
+        return sum(map(_nbytes, self.objects))
 
     @classmethod
     def walk(cls, raw: object) -> Leaves:
         """Collect the leaves of `raw`; done before `fn` may change anything. Runs on every rank that holds `raw`."""
-        objects: list[Any] = []
-        seen: set[int] = set()
-        pending: list[Iterator[Any]] = [iter((raw,))]
-        while pending:
-            for value in pending[-1]:
-                if type(value) in _ATOMS or id(value) in seen:
-                    continue
-                if _is_leaf(value):
-                    seen.add(id(value))
-                    objects.append(value)
-                    continue
-                inner = _inside(value)
-                if inner is not None:
-                    seen.add(id(value))
-                    pending.append(iter(inner))
-                    break
-            else:
-                pending.pop()
-        return cls(objects)
+        return cls(list(_find(raw)))
 
     def signature(self, index: int) -> Signature:
         """The signature of a leaf of this rank's walk; raises `LayoutError` where there is no such leaf."""
@@ -157,6 +138,37 @@ class Leaves:
         if not keeps_leaves and (place.version is None or leaf._version != place.version):
             return False
         return leaf.layout is torch.strided and leaf.data_ptr() == place.low
+
+
+def nbytes_of(raw: object) -> int:
+    """Bytes of the tensors and arrays among the leaves of `raw`, from their shapes; cheaper than a walk to keep."""
+    return sum(map(_nbytes, _find(raw)))
+
+
+def _find(raw: object) -> Iterator[Any]:
+    seen: set[int] = set()
+    pending: list[Iterator[Any]] = [iter((raw,))]
+    while pending:
+        for value in pending[-1]:
+            if type(value) in _ATOMS or id(value) in seen:
+                continue
+            if _is_leaf(value):
+                seen.add(id(value))
+                yield value
+                continue
+            inner = _inside(value)
+            if inner is not None:
+                seen.add(id(value))
+                pending.append(iter(inner))
+                break
+        else:
+            pending.pop()
+
+
+def _nbytes(leaf: Any) -> int:
+    if type(leaf) is np.ndarray or (type(leaf) is torch.Tensor and is_plain(leaf)):
+        return int(leaf.nbytes)
+    return 0
 
 
 _ATOMS = frozenset((type(None), bool, int, float, str, complex))
