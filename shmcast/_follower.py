@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from shmcast._control import Control, ControlBroken, NoHeader
 from shmcast._sent import Deliver, R, Sent, T, attempt, ignore, note, parse_index, walk
 from shmcast._wire import CHOICES, HeaderRoute, Reason
-from shmcast.errors import LayoutError, MaterializeError, PeerDied, ShmcastError
+from shmcast.errors import ClosedError, LayoutError, MaterializeError, PeerDied, ShmcastError
 from shmcast.policy import Policy, Route
 from shmcast.transport import Reader, unpack_inline
 
@@ -247,7 +247,8 @@ class Follower:
 
     def _by_itself(self, broken: ControlBroken, run: Callable[[], T]) -> T:
         """The control plane is over: give back what was not opened, and run `fn` here from now on."""
-        note(self._counters, Reason.CONTROL, broken)
+        if not isinstance(broken.__cause__, ClosedError):
+            note(self._counters, Reason.CONTROL, broken)
         if not self._heals:
             raise self._gone(broken) from broken
         self._leave()

@@ -64,3 +64,7 @@ class NotAllowed(EncodeError):
 
 class LayoutError(ShmcastError, ValueError):
     """Bytes that are not what they claim: foreign, damaged, or of another version."""
+
+
+class UnknownRequest(ShmcastError, LookupError):
+    """No request of this key waits here: never submitted, taken already, or aborted; the message says which."""

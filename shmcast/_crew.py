@@ -1,0 +1,361 @@
+"""The threads behind a `SchedulerBackend`, and what each of them works through: planes, one for each rank that makes.
+
+Who owns what: a plane's `Writer` belongs to the rank that makes, its `Reader`s to the others. A thread takes batches in
+the order in which they were handed in and outlives whatever goes wrong in one; nobody else uses its planes. A maker
+ends after it has said of every batch left that the others are to run `fn`, a follower at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from shmcast._codec import Allow
+from shmcast._entry import Entry
+from shmcast._follower import Follower
+from shmcast._joining import Offer, Settings, attach, join
+from shmcast._layout import HEADER_SLOTS
+from shmcast._planes import GatherControl, Gathered, RingControl
+from shmcast._room import default_capacity
+from shmcast._sent import attempt, describe
+from shmcast._wire import Call
+from shmcast.errors import ClosedError, MaterializeError, ShmcastError
+from shmcast.policy import Route
+from shmcast.transport import Reader, Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from shmcast._control import Control, GroupControl
+    from shmcast._requests import Request, Requests
+    from shmcast.metrics import Counters
+
+log = logging.getLogger("shmcast")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What was handed in at once. `shares`: for each rank that materializes any of it, its requests."""
+
+    number: int
+    digest: int
+    shares: dict[int, list[Request]]
+
+
+class Work:
+    """What planes need of a rank: to run `fn`, and to say what came of requests."""
+
+    def __init__(self, fn: Callable[[Any], Any], requests: Requests, counters: Counters) -> None:
+        self._fn = fn
+        self._requests = requests
+        self.counters = counters
+        self.ending = False
+
+    def run(self, raw: Any) -> Any:
+        """`fn`, such that a thread outlives whatever it raises."""
+        if self.ending:
+            raise ClosedError("this SchedulerBackend was closed")
+        try:
+            return self._fn(raw)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise MaterializeError(f"fn raised {describe(error)}") from error
+
+    def deliver(self, request: Request, result: object, size: int) -> None:
+        """The result of one request, and the bytes of shared memory it pins."""
+        if isinstance(result, Exception):
+            # Its frames hold the whole batch.
+            traceback.clear_frames(result.__traceback__)
+        self._requests.settle(request, result, size)
+
+    def leave(self, share: Sequence[Request]) -> None:
+        """Of those that have no result none will come: `take` runs `fn`."""
+        for request in share:
+            self._requests.leave(request)
+
+
+class Plane(ABC):
+    """What one rank materializes, as this rank sees it."""
+
+    @abstractmethod
+    def share(self, batch: Batch) -> list[Request]:
+        """The requests of a batch that come through this plane."""
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether there is anything to do for a batch."""
+        return bool(self.share(batch))
+
+    @abstractmethod
+    def run(self, batch: Batch, work: Work) -> None:
+        """Materialize this plane's share of a batch, or receive it, and deliver each result."""
+
+
+class Alone(Plane):
+    """The plane of a rank that shares nothing with others: it makes everything itself."""
+
+    def share(self, batch: Batch) -> list[Request]:
+        return [request for share in batch.shares.values() for request in share]
+
+    def run(self, batch: Batch, work: Work) -> None:
+        share = self.share(batch)
+        work.counters.observe("batch", len(share))
+        fn = work.counters.timed("materialize")(work.run)
+        for request in share:
+            work.counters.message("local", 0)
+            work.deliver(request, attempt(fn, request.raw), 0)
+
+
+class Shared(Plane):
+    """What the rank `control.src` makes for all. `always`: takes part in a collective, also with nothing to say."""
+
+    def __init__(self, control: Control, end: Entry | Follower, *, agrees: bool, always: bool) -> None:
+        self._control = control
+        self._end = end
+        self._agrees = agrees
+        self._always = always
+
+    def share(self, batch: Batch) -> list[Request]:
+        return batch.shares.get(self._control.src, [])
+
+    def takes(self, batch: Batch) -> bool:
+        return self._always or bool(self.share(batch))
+
+    def run(self, batch: Batch, work: Work) -> None:
+        share = self.share(batch)
+        with self._control.turn(Call.BATCH, batch.number, batch.digest):
+            try:
+                results = self._materialize(share, work)
+            except ShmcastError as error:
+                # Ranks that agree on each result may have none; all others can run `fn`.
+                if not self._agrees:
+                    raise
+                results = [error] * len(share)
+        for request, result in zip(share, results, strict=True):
+            work.deliver(request, result, 0)
+
+    def _materialize(self, share: list[Request], work: Work) -> list[Any]:
+        raws = [request.raw for request in share]
+
+        def deliver(number: int, result: object, size: int) -> None:
+            work.deliver(share[number], result, size)
+
+        if isinstance(self._end, Follower):
+            return self._end.materialize_batch(raws, work.run, deliver=deliver)
+        if work.ending:
+            self._end.skip_batch()
+            return [ClosedError("this SchedulerBackend was closed")] * len(share)
+        weights = [request.weight for request in share]
+        return self._end.materialize_batch(raws, work.run, weights=weights, deliver=deliver)
+
+
+class Worker:
+    """One thread, and the planes through which it takes each batch."""
+
+    def __init__(self, planes: Sequence[Plane], name: str, work: Work) -> None:
+        self._planes = planes
+        self._work = work
+        self._batches: SimpleQueue[Batch | None] = SimpleQueue()
+        self._last = 0
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is this thread."""
+        return threading.current_thread() is self._thread
+
+    def put(self, batch: Batch) -> None:
+        """Have the thread take a batch; one that it was given before does nothing."""
+        if any(plane.takes(batch) for plane in self._planes):
+            self._batches.put(batch)
+
+    def end(self) -> None:
+        """No batch comes after those that were put."""
+        self._batches.put(None)
+
+    def join(self, deadline: float) -> None:
+        """Wait for the thread to end, until `deadline` of the monotonic clock."""
+        if not self.is_current:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _serve(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            if batch.number > self._last:
+                self._last = batch.number
+                self._take(batch)
+            # Nothing of it may stay while the thread waits for the next one.
+            del batch
+
+    def _take(self, batch: Batch) -> None:
+        for plane in self._planes:
+            try:
+                if plane.takes(batch):
+                    plane.run(batch, self._work)
+            except BaseException:
+                if not self._work.ending:
+                    log.exception("a batch failed in a thread of the SchedulerBackend: its requests run fn when taken")
+            self._work.leave(plane.share(batch))
+
+
+class Crew:
+    """This rank's planes, their ends, and, once started, their threads."""
+
+    def __init__(self, counters: Counters) -> None:
+        """Of a rank that is alone."""
+        self._counters = counters
+        self._planes: list[list[Plane]] = [[Alone()]]
+        self._workers: list[Worker] = []
+        self.writer: Writer | None = None
+        self.readers: list[Reader] = []
+        self._sources: list[int] = []
+        self.route = Route.LOCAL
+        self.src = 0
+
+    def join(self, control: GroupControl, settings: Settings | Exception, *, spread: bool) -> None:
+        """Go through both exchanges, with settings or with what is wrong with them. Collective.
+
+        Raises what is wrong here, or `ShmcastError` that says what is wrong on another rank.
+        """
+        try:
+            offer = self._offer(control, settings, spread=spread)
+        except Exception as error:
+            settings = error
+        if isinstance(settings, Exception):
+            offer = Offer(wrong=describe(settings))
+        try:
+            verdict = join(control, offer, lambda offers: self._attach(control, settings, offers))
+        except ShmcastError:
+            if isinstance(settings, Exception):
+                raise settings from None
+            raise
+        assert not isinstance(settings, Exception)
+        self.route, self.src = verdict.route, verdict.src
+        policy = replace(settings.policy, agree=verdict.agree)
+        if verdict.route is Route.SHM:
+            self._make_planes(control, settings._replace(policy=policy), verdict.plane, spread=spread)
+            if self.writer is not None:
+                self.writer.settle()
+            return
+        self._leave_shared_memory(verdict.why)
+        if verdict.route is Route.INLINE:
+            control.settle(verdict.src, verdict.plane)
+            self._planes = [[self._shared(control, settings._replace(policy=replace(policy, route=Route.AUTO)))]]
+
+    def start(self, work: Work) -> None:
+        """Start the threads."""
+        for planes in self._planes:
+            self._workers.append(Worker(planes, f"shmcast-plane-{len(self._workers)}", work))
+
+    def put(self, batch: Batch) -> None:
+        """Hand a batch to the threads that have to do with it."""
+        try:
+            for worker in self._workers:
+                worker.put(batch)
+        except BaseException:
+            # Ctrl-C between two of them: the others would wait for this rank. A worker takes a batch once.
+            for worker in self._workers:
+                worker.put(batch)
+            raise
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is one of the threads."""
+        return any(worker.is_current for worker in self._workers)
+
+    def close(self, wait: float) -> None:
+        """End the threads and the ends; `work.ending` is set. Waits at most `wait` seconds for a running `fn`."""
+        for worker in self._workers:
+            worker.end()
+        # A follower that waits for a header of the ring ends now.
+        for reader in self.readers:
+            reader.close()
+        deadline = time.monotonic() + wait
+        for worker in self._workers:
+            worker.join(deadline)
+        if self.writer is not None:
+            self.writer.close()
+
+    # Joining.
+
+    def _offer(self, control: GroupControl, settings: Settings | Exception, *, spread: bool) -> Offer:
+        if isinstance(settings, Exception):
+            raise settings
+        offer = settings.offer(placement="spread" if spread else "entry")
+        if settings.disabled or not (spread or control.rank == settings.src):
+            return offer
+        capacity = settings.capacity or default_capacity(control.size if spread else 1)
+        slots = HEADER_SLOTS if settings.control == "ring" else 0
+        try:
+            self.writer = Writer(
+                control.size - 1,
+                capacity=capacity,
+                allow=settings.allow,
+                policy=settings.policy,
+                rank=control.rank,
+                slots=slots,
+            )
+        except ValueError:
+            raise
+        except Exception as error:
+            return replace(offer, trouble=describe(error))
+        return replace(offer, address=bytes(self.writer.address).hex())
+
+    def _attach(self, control: GroupControl, settings: Settings | Exception, offers: list[Offer]) -> str:
+        """Map the segments of every other rank that writes; what went wrong, or nothing."""
+        assert not isinstance(settings, Exception)
+        try:
+            for src, offer in enumerate(offers):
+                if src != control.rank and offer.address:
+                    self._sources.append(src)
+                    self.readers.append(attach(offer.address, control.rank, src, settings))
+        except Exception as error:
+            return describe(error)
+        return ""
+
+    def _make_planes(self, control: GroupControl, settings: Settings, plane: int, *, spread: bool) -> None:
+        """A plane for each rank that writes, this one's first; a thread for each, or one for all on a group."""
+        ends: list[tuple[int, Writer | Reader]] = list(zip(self._sources, self.readers, strict=True))
+        if self.writer is not None:
+            ends.insert(0, (control.rank, self.writer))
+        gathered = Gathered(control) if spread and settings.control == "group" else None
+        planes: list[Plane] = []
+        for src, end in ends:
+            each: Control
+            if settings.control == "ring":
+                each = RingControl(control.rank, control.size, settings.timeout, end)
+            elif gathered is not None:
+                each = GatherControl(gathered)
+            else:
+                each = control
+            each.settle(src, (plane + src) % 2**64)
+            planes.append(self._shared(each, settings, end, always=settings.control == "group" and each.leads))
+        self._planes = [[each] for each in planes] if settings.control == "ring" else [planes]
+
+    def _shared(
+        self, control: Control, settings: Settings, end: Writer | Reader | None = None, *, always: bool = False
+    ) -> Shared:
+        policy, allow = settings.policy, Allow(settings.allow)
+        made: Entry | Follower
+        if control.leads:
+            writer = end if isinstance(end, Writer) else None
+            made = Entry(control, writer, policy, allow, self._counters)
+        else:
+            reader = end if isinstance(end, Reader) else None
+            made = Follower(control, reader, policy, allow, self._counters)
+        return Shared(control, made, agrees=policy.agree, always=always)
+
+    def _leave_shared_memory(self, why: str) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        for reader in self.readers:
+            reader.close()
+        self.writer, self.readers = None, []
+        self._counters.fallback("disabled")
+        log.warning("this group goes without shared memory (%s instead): %s", self.route.value, why)

@@ -1,0 +1,190 @@
+"""What a scheduler has handed in and not taken: each request's state on this rank, and the bounds on all of them.
+
+A request is handed in once and leaves once, by `take`, `abort` or `close`. Between the two it is
+
+    pending   its result is not there yet
+    ready     it is; its tensors may pin shared memory
+    here      `take` runs `fn` on the raw inputs: it was small from the start, or was ready and evicted
+
+Nothing of this is known to the other ranks, and nothing of it decides what a rank exchanges with them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from shmcast.errors import ClosedError, UnknownRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable
+
+    from shmcast._costs import Weight
+
+REMEMBERED = 1000
+
+
+class State(Enum):
+    """Where a request is."""
+
+    PENDING = "pending"
+    READY = "ready"
+    HERE = "here"
+    GONE = "gone"
+
+
+@dataclass(eq=False)
+class Request:
+    """One request. `result`: what `fn` made of it, or raised; `size`: bytes of shared memory that pins."""
+
+    key: Hashable
+    raw: Any
+    weight: Weight
+    state: State = State.PENDING
+    result: Any = None
+    size: int = 0
+    settled: threading.Event = field(default_factory=threading.Event)
+
+
+class Requests:
+    """The requests of one rank, oldest first. Safe to use from any thread.
+
+    Args:
+        most: how many may be pending or ready; beyond it the oldest ready one is evicted.
+        most_bytes: how much shared memory the ready ones may pin.
+        evicted: called for each eviction, without a lock.
+    """
+
+    def __init__(self, most: int, most_bytes: int, evicted: Callable[[], None]) -> None:
+        self._most = most
+        self._most_bytes = most_bytes
+        self._evicted = evicted
+        # Taken again by a signal handler, and by finalizers of what is dropped; never held while anything is dropped.
+        self._lock = threading.RLock()
+        self._by_key: dict[Hashable, deque[Request]] = {}
+        self._ready: dict[Request, None] = {}
+        self._gone: dict[Hashable, str] = {}
+        self._counted = 0
+        self._bytes = 0
+        self._closed = False
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Take these on. A key that is there already queues behind itself: refusing it would be one rank's decision."""
+        dropped: list[Any] = []
+        with self._lock:
+            self._check_open()
+            for request in requests:
+                self._by_key.setdefault(request.key, deque()).append(request)
+                self._counted += request.state is State.PENDING
+            self._evict(dropped)
+        self._drop(dropped)
+
+    def settle(self, request: Request, result: object, size: int) -> None:
+        """The result of a pending request is there; it is dropped where nobody waits for it any more."""
+        dropped: list[Any] = []
+        with self._lock:
+            if request.state is State.PENDING:
+                request.state, request.result, request.size = State.READY, result, size
+                self._ready[request] = None
+                self._bytes += size
+                self._evict(dropped)
+                request.settled.set()
+        self._drop(dropped)
+
+    def leave(self, request: Request) -> None:
+        """No result will come: `take` runs `fn`."""
+        with self._lock:
+            if request.state is State.PENDING:
+                request.state = State.HERE
+                self._counted -= 1
+                request.settled.set()
+
+    def find(self, key: Hashable) -> Request:
+        """The oldest request of this key; raises `UnknownRequest`, which says what became of it."""
+        with self._lock:
+            self._check_open()
+            found = self._by_key.get(key)
+            if not found:
+                raise self._unknown(key)
+            return found[0]
+
+    def take(self, request: Request) -> tuple[State, Any]:
+        """Let a settled request go: its state and result. Raises `UnknownRequest` where another thread was first."""
+        with self._lock:
+            self._check_open()
+            if request.state is State.GONE:
+                raise self._unknown(request.key)
+            state, result = request.state, request.result
+            self._remove(request, "taken")
+            return state, result
+
+    def abort(self, key: Hashable) -> bool:
+        """Drop every request of this key; whether there was any. Whoever waits for one gets `UnknownRequest`."""
+        with self._lock:
+            found = list(self._by_key.get(key, ()))
+            results = [request.result for request in found]
+            for request in found:
+                self._remove(request, "aborted")
+        del results
+        return bool(found)
+
+    def close(self) -> None:
+        """Drop all; whoever waits gets `ClosedError`."""
+        with self._lock:
+            self._closed = True
+            found = [request for queue in self._by_key.values() for request in queue]
+            results = [request.result for request in found]
+            for request in found:
+                self._remove(request, "dropped")
+        del results
+
+    def counts(self) -> tuple[int, int]:
+        """How many requests were not taken, evicted ones too, and the bytes of shared memory that they pin."""
+        with self._lock:
+            return sum(map(len, self._by_key.values())), self._bytes
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this SchedulerBackend was closed")
+
+    def _remove(self, request: Request, became: str) -> None:
+        queue = self._by_key[request.key]
+        queue.remove(request)
+        if not queue:
+            del self._by_key[request.key]
+        self._counted -= request.state in (State.PENDING, State.READY)
+        self._ready.pop(request, None)
+        self._bytes -= request.size
+        request.state, request.result, request.size = State.GONE, None, 0
+        self._gone.pop(request.key, None)
+        self._gone[request.key] = became
+        if len(self._gone) > REMEMBERED:
+            del self._gone[next(iter(self._gone))]
+        request.settled.set()
+
+    def _evict(self, dropped: list[Any]) -> None:
+        """Oldest first, in the order in which they became ready."""
+        while self._ready and (self._counted > self._most or self._bytes > self._most_bytes):
+            request = next(iter(self._ready))
+            del self._ready[request]
+            dropped.append(request.result)
+            self._counted -= 1
+            self._bytes -= request.size
+            request.state, request.result, request.size = State.HERE, None, 0
+
+    def _drop(self, dropped: list[Any]) -> None:
+        """Outside the lock: what is dropped may have finalizers that call back."""
+        for _ in dropped:
+            self._evicted()
+        dropped.clear()
+
+    def _unknown(self, key: Hashable) -> UnknownRequest:
+        became = self._gone.get(key)
+        return UnknownRequest(
+            f"request {key!r} was {became} already"
+            if became
+            else f"no request {key!r} was submitted, or it is long gone"
+        )

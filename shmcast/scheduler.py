@@ -1,0 +1,283 @@
+"""For engines that run one scheduler a rank: a batch is handed in, the scheduler goes on, `take` gives one's inputs.
+
+    submit -> who materializes what -> each rank's maker thread: fn, publish, one header -> followers: map -> take
+
+Every rank submits the same batches in the same order, and computes alike who materializes which request. A rank that
+materializes has a plane of its own: a `Writer` with the other ranks as readers, one thread that makes and sends, and on
+each other rank one thread that follows. No two planes wait for each other, and no thread waits for the scheduler.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from contextlib import suppress
+from datetime import timedelta
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
+
+import torch.distributed as dist
+
+from shmcast._control import GroupControl, cpu_group
+from shmcast._crew import Batch, Crew, Work
+from shmcast._joining import Settings, check_ring, patience
+from shmcast._requests import Request, Requests, State
+from shmcast._room import default_capacity
+from shmcast._sent import weigh
+from shmcast.errors import ClosedError, ShmcastError
+from shmcast.metrics import Counters, Stats, merge
+from shmcast.multimodal import MultimodalInputs
+from shmcast.policy import Policy, Route
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable
+
+    from torch.distributed import ProcessGroup
+
+    from shmcast._segment import Isolation
+
+DEFAULT_TIMEOUT = 300.0
+EXIT_PATIENCE = 5.0
+
+_backends: WeakSet[SchedulerBackend] = WeakSet()
+
+
+class SchedulerBackend:
+    """One rank's part of a group of schedulers that hold the same raw inputs. Every rank makes one, alike. Collective.
+
+    Every rank submits the same batches in the same order; everything else is one rank's own business and may come from
+    any thread. `fn` runs in a thread of the backend, once for each request over all ranks, unless a fallback or the
+    route `auto` has every rank run it; it must not call the backend, and may add plain values to `raw` (a hash), but no
+    tensors, arrays or long lists.
+
+    Args:
+        group: a process group; default the default one. The constructor makes a gloo group of its own over its ranks
+            and never uses this one again. A group of one, or no torch.distributed: `fn` runs here, in a thread.
+        fn: makes a request's inputs out of its raw inputs; deterministic, and can be run again on the same `raw`.
+        src: the rank of the group that materializes, with `placement="entry"`.
+        placement: `entry`: one rank materializes all. `spread`: the requests of a batch are materialized by different
+            ranks, largest first onto the one that was given the fewest bytes so far; each maps what the others made.
+        control: `ring`: headers go through shared memory. `group`: through the backend's own group, by one thread.
+        capacity: the most bytes of shared memory of each rank that materializes; default `SHMCAST_CAPACITY`, else a
+            quarter of what is free, at most 2 GiB, divided among them.
+        isolation: as for `Reader`; may differ between ranks.
+        policy: how messages travel. Needs `peers_hold_raw`; `agree`, `inline` and `pickle` need `control="group"` and
+            `placement="entry"`. Of `inline_max` nothing is used where there is no group to carry it.
+        allow: classes, or names of packages, whose instances may travel; `shmcast.multimodal` always may.
+        timeout: seconds that a rank waits for another one's header: more than the longest batch takes. After it `fn`
+            runs here.
+        max_pending: requests that may be pending or ready at once. Beyond it the oldest ready one is evicted: its
+            memory goes back, and `take` runs `fn`.
+        max_pending_bytes: shared memory that ready requests may pin; default half of what the ranks may use.
+
+    Raises:
+        ValueError, TypeError: this rank's arguments or environment are wrong.
+        ShmcastError: those of another rank are, which the message names; or the group's collectives fail.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        fn: Callable[[Any], Any] = MultimodalInputs.from_dict,
+        *,
+        src: int = 0,
+        placement: Literal["entry", "spread"] = "entry",
+        control: Literal["ring", "group"] = "ring",
+        capacity: int | None = None,
+        isolation: Isolation = "cow",
+        policy: Policy | None = None,
+        allow: Iterable[type | str] = (),
+        timeout: float = DEFAULT_TIMEOUT,
+        max_pending: int = 1000,
+        max_pending_bytes: int | None = None,
+    ) -> None:
+        self._fn = fn
+        self._placement = placement
+        self._counters = Counters()
+        # Taken again by a signal handler in the middle of `submit`.
+        self._lock = threading.RLock()
+        self._closed = False
+        self._batches = 0
+        self._timeout = patience(timeout, DEFAULT_TIMEOUT)
+        self._owned: ProcessGroup | None = None
+        self._crew = Crew(self._counters)
+        settings: Settings | Exception
+        cpu = cpu_group(group)
+        size = 1 if cpu is None else dist.get_world_size(cpu)
+        try:
+            settings = Settings(src, capacity, isolation, control, policy or Policy(), allow, timeout)
+            settings = self._check(settings, size, max_pending, max_pending_bytes)
+        except Exception as error:
+            settings = error
+        if cpu is None:
+            if isinstance(settings, Exception):
+                raise settings
+        else:
+            ranks = dist.get_process_group_ranks(cpu)
+            longest = timedelta(seconds=self._timeout)
+            self._owned = dist.new_group(ranks, longest, "gloo", use_local_synchronization=True)
+            try:
+                self._crew.join(GroupControl(self._owned, self._timeout), settings, spread=placement == "spread")
+            except BaseException:
+                self._leave(0.0)
+                raise
+        assert not isinstance(settings, Exception)
+        writers = size if placement == "spread" else 1
+        self._local_below = settings.policy.local_below if settings.policy.route is Route.AUTO else 0
+        self._loads = [0] * writers
+        if max_pending_bytes is None:
+            max_pending_bytes = writers * (settings.capacity or default_capacity(writers)) // 2
+        self._requests = Requests(max_pending, max_pending_bytes, self._counters.evicted)
+        self._work = Work(fn, self._requests, self._counters)
+        self._crew.start(self._work)
+        _backends.add(self)
+
+    # What a scheduler calls.
+
+    def submit(self, batch: Iterable[tuple[Hashable, Any]]) -> None:
+        """Hand in a batch of (key, raw inputs), and go on. Every rank submits the same one, in the same order.
+
+        A key that was submitted before and not taken queues behind itself. Raises `ValueError` for a key that is in the
+        batch twice, `ClosedError`.
+        """
+        requests = [Request(key, raw, weigh(raw)) for key, raw in batch]
+        if len({request.key for request in requests}) != len(requests):
+            raise ValueError("a key is in the batch twice")
+        self._check_open()
+        small = sum(request.weight.nbytes for request in requests) < self._local_below
+        if small:
+            for request in requests:
+                request.state = State.HERE
+                request.settled.set()
+        with self._lock:
+            self._requests.add(requests)
+            if requests and not small:
+                self._crew.put(self._plan(requests))
+
+    def take(self, key: Hashable, timeout: float | None = None) -> Any:
+        """The inputs of one request, which is gone then; waits for that request only.
+
+        Raises what `fn` raised, `UnknownRequest` for a key that is not there (any more), `TimeoutError` after `timeout`
+        seconds, with the request as it was, `ClosedError`.
+        """
+        self._check_open()
+        if self._crew.is_current:
+            raise ShmcastError("fn called take(): it would wait for itself")
+        request = self._requests.find(key)
+        with self._counters.timed("take_wait"):
+            settled = request.settled.wait(timeout)
+        if not settled:
+            raise TimeoutError(f"request {key!r}: its inputs were not there within {timeout:g} s")
+        state, result = self._requests.take(request)
+        if state is State.HERE:
+            self._counters.message("local", 0)
+            return self._counters.timed("materialize")(self._fn)(request.raw)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def abort(self, key: Hashable) -> bool:
+        """Drop every request of this key on this rank, and give its memory back; whether there was one."""
+        self._check_open()
+        return self._requests.abort(key)
+
+    @property
+    def route(self) -> Route:
+        """What the ranks agreed on in the constructor: `shm`, or what the group does without shared memory."""
+        return self._crew.route
+
+    def stats(self) -> Stats:
+        """This rank's counters, and memory and leases of its own arena."""
+        self._check_open()
+        pending, pending_bytes = self._requests.counts()
+        own = self._counters.stats(pending=pending, pending_bytes=pending_bytes)
+        mine = [self._crew.writer.stats()] if self._crew.writer else []
+        return merge(own, *mine, *(reader.stats() for reader in self._crew.readers))
+
+    def close(self) -> None:
+        """End this rank's part; no collective. Whoever waits in `take` gets `ClosedError`.
+
+        Waits for a running `fn`, at most `timeout` seconds. Of batches in flight the other ranks run `fn` themselves.
+        Objects that were taken stay valid.
+        """
+        if not self._closed:
+            self._leave(self._timeout)
+
+    def __enter__(self) -> SchedulerBackend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _leave(self, wait: float) -> None:
+        self._closed = True
+        if hasattr(self, "_work"):
+            self._work.ending = True
+            self._requests.close()
+        self._crew.close(wait)
+        if self._owned is not None:
+            owned, self._owned = self._owned, None
+            with suppress(Exception):
+                dist.destroy_process_group(owned)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(
+                "this SchedulerBackend was closed, or belongs to the process that this one was forked from"
+            )
+
+    def _check(self, settings: Settings, size: int, max_pending: int, max_pending_bytes: int | None) -> Settings:
+        if self._placement not in ("entry", "spread"):
+            raise ValueError(f"placement={self._placement!r}: 'entry' or 'spread'")
+        for name, bound in (("max_pending", max_pending), ("max_pending_bytes", max_pending_bytes)):
+            if bound is not None and bound < 1:
+                raise ValueError(f"{name}={bound}: at least 1")
+        if not callable(self._fn):
+            raise TypeError(f"fn={self._fn!r}: something to call")
+        settings = settings.check(size)
+        if not settings.policy.peers_hold_raw:
+            raise ValueError("Policy(peers_hold_raw=False): a SchedulerBackend needs raw inputs on every rank")
+        if self._placement == "spread":
+            check_ring(settings.policy)
+        return settings
+
+    def _plan(self, requests: list[Request]) -> Batch:
+        """Number the batch and give out its requests: from order and shapes alone, so alike on all ranks."""
+        self._batches += 1
+        shares: dict[int, list[Request]] = {}
+        if self._placement == "entry":
+            shares[self._crew.src] = requests
+        else:
+            for request in sorted(requests, key=lambda request: -request.weight.nbytes):
+                owner = self._loads.index(min(self._loads))
+                self._loads[owner] += max(1, request.weight.nbytes)
+                shares.setdefault(owner, []).append(request)
+        return Batch(self._batches, _digest(self._batches, shares), shares)
+
+
+def _digest(number: int, shares: dict[int, list[Request]]) -> int:
+    """Of what all ranks must have handed in alike: keys that read the same everywhere, sizes, and who makes what."""
+    told = [
+        (owner, request.weight.nbytes, request.key if isinstance(request.key, (str, int, bytes)) else None)
+        for owner, share in shares.items()
+        for request in share
+    ]
+    return int.from_bytes(blake2b(repr((number, told)).encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def _forget() -> None:
+    for backend in list(_backends):
+        backend._closed = True
+
+
+def _close_all() -> None:
+    """At exit, so that no thread runs into a dying interpreter; a `fn` that hangs does not keep it."""
+    for backend in list(_backends):
+        if not backend._closed:
+            backend._leave(EXIT_PATIENCE)
+
+
+os.register_at_fork(after_in_child=_forget)
+atexit.register(_close_all)
