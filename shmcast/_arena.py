@@ -17,6 +17,7 @@ import posix_ipc
 
 from shmcast import _segment
 from shmcast._blocks import Block, Blocks
+from shmcast._cache import Cache
 from shmcast._headers import HeaderWriter
 from shmcast._layout import (
     MAX_SEGMENTS,
@@ -40,7 +41,7 @@ from shmcast._layout import (
     write_word,
 )
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
-from shmcast._ring import Inbox, fence
+from shmcast._ring import Inbox, Peer, fence
 from shmcast._room import default_capacity
 from shmcast._segment import STEP, Segment
 from shmcast._tickets import Held, Tickets
@@ -50,33 +51,10 @@ from shmcast.errors import ArenaFull, ClosedError, LayoutError
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
 
 IDLE_POLLS = 600
 LONGEST_PAUSE = 0.1
-
-
-class _Peer:
-    """What the writer knows of one reader."""
-
-    def __init__(self, inbox: Inbox, wake: posix_ipc.Semaphore, ready: posix_ipc.Semaphore | None) -> None:
-        self.inbox = inbox
-        self.wake = wake
-        self.ready = ready
-        self.mapped: set[int] = set()
-        self.left = False
-        self.dead = False
-
-    def close(self) -> None:
-        self.inbox.close()
-        self.wake.close()
-        if self.ready is not None:
-            self.ready.close()
-
-    @property
-    def listens(self) -> bool:
-        """Whether it can still open what is published."""
-        return not (self.left or self.dead)
 
 
 class Arena:
@@ -89,10 +67,11 @@ class Arena:
         rank: int,
         clock: Callable[[], float] = time.monotonic,
         slots: int = 0,
+        cache_bytes: int = 0,
     ) -> None:
         """Raises `ArenaFull` where there is no shared memory to be had, `OSError` where the system refuses it.
 
-        `slots`: of the header ring, a power of two; 0 for none.
+        `slots`: of the header ring, a power of two; 0 for none. `cache_bytes`: what the cache may keep.
         """
         self.address = Address(secrets.token_bytes(TOKEN_BYTES), rank, readers)
         self.capacity = default_capacity() if capacity is None else capacity
@@ -102,6 +81,7 @@ class Arena:
         self._stop = threading.Event()
         self._blocks = Blocks()
         self._tickets = Tickets(readers)
+        self._cache = Cache(cache_bytes)
         self._expired: SimpleQueue[Block] = SimpleQueue()
         self._withdrawn: SimpleQueue[Handle] = SimpleQueue()
         self._segments: list[Segment] = []
@@ -113,7 +93,7 @@ class Arena:
         self._hopeless = False
         self._control = self._create_control(readers)
         self._seat: Seat | None = None
-        self._peers: tuple[_Peer, ...] = ()
+        self._peers: tuple[Peer, ...] = ()
         self._idle: threading.Thread | None = None
         self._polls = 0
         try:
@@ -139,9 +119,9 @@ class Arena:
     def reserve(self, length: int, wait: float, readers: Iterable[int] = (), opens: int = 0) -> Block:
         """A block of `length` bytes with one claim, once each of `readers` can be given `opens` tickets.
 
-        In this order: drain what readers have released, grow, take back what the dead hold, wait, take back what
-        readers hold that have taken no header in that time. `ArenaFull` then. With a header ring one wait is enough:
-        until a lease comes back, nothing waits again.
+        In this order: drain what readers have released, grow, take back what the dead hold, give up what only the
+        cache holds, wait, take back what readers hold that have taken no header in that time. `ArenaFull` then. With a
+        header ring one wait is enough: until a lease comes back, nothing waits again.
         """
         readers = tuple(readers)
         block = self._try(length, readers, opens)
@@ -154,24 +134,43 @@ class Arena:
         pause = 0.0
         while True:
             self.reclaim()
-            block = self._try(length, readers, opens)
+            # After growth, or a cache would never outgrow the first segment; but nothing waits while it idles there.
+            block = self._try(length, readers, opens, True)
             if block is not None:
                 return block
             left = deadline - time.monotonic()
             if left <= 0 and not (pause and self._revoke_laggards(before)):
-                self._hopeless = self._headers is not None
+                self._hopeless |= self._headers is not None and wait > 0
                 raise ArenaFull(self._explain(length, wait, trouble))
             time.sleep(max(0.0, min(pause, left)))
             pause = min(2 * pause + 1e-5, 2e-3)
 
-    def free(self, block: Block) -> None:
-        """Give up a claim."""
+    def free(self, *blocks: Block) -> None:
+        """Give up a claim on each."""
         with self._lock:
-            self._blocks.unclaim(block)
+            for block in blocks:
+                self._blocks.unclaim(block)
 
     def expire(self, block: Block) -> None:
         """Give up a claim from a finalizer: only noted, done at the next reserve."""
         self._expired.put(block)
+
+    def find(self, key: Hashable) -> Block | None:
+        """The block that is kept under `key`, with one claim more."""
+        with self._lock:
+            self._check_open()
+            block = self._cache.find(key)
+            if block is None or not self._blocks.usable(block.segment):
+                return None
+            block.claims += 1
+            return block
+
+    def keep(self, key: Hashable, block: Block | None) -> None:
+        """Have the cache claim a block that is complete, in place of what it keeps under `key`; or nothing there."""
+        with self._lock:
+            if block is not None:
+                block.claims += 1
+            self._unclaim(self._cache.drop(key) if block is None else self._cache.add(key, block))
 
     # Leases.
 
@@ -332,7 +331,7 @@ class Arena:
         self._named.append(segment)
         return segment
 
-    def _create_peer(self, reader: int) -> _Peer:
+    def _create_peer(self, reader: int) -> Peer:
         names = [self.address.posted(reader), self.address.wake(reader)]
         if self._slots:
             names.append(self.address.ready(reader))
@@ -343,7 +342,7 @@ class Arena:
                 undo.callback(made[-1].close)
             undo.pop_all()
         base = ring_offset(reader, RING_ENTRIES)
-        return _Peer(Inbox(self._control.map, base, RING_ENTRIES, made[0]), made[1], made[2] if self._slots else None)
+        return Peer(Inbox(self._control.map, base, RING_ENTRIES, made[0]), made[1], made[2] if self._slots else None)
 
     def _add_segment(self, size: int) -> None:
         number = len(self._segments)
@@ -387,15 +386,15 @@ class Arena:
 
     # What readers say. All of these run under the lock.
 
-    def _try(self, length: int, readers: tuple[int, ...], opens: int) -> Block | None:
+    def _try(self, length: int, readers: tuple[int, ...], opens: int, evict: bool = False) -> Block | None:
         with self._lock:
             self._check_open()
             self._drain()
             if not self._tickets.room(readers, opens):
                 return None
-            return self._blocks.allocate(length)
+            return self._blocks.allocate(length, self._cache.evict if evict else list)
 
-    def _lost(self, reader: int, peer: _Peer) -> bool:
+    def _lost(self, reader: int, peer: Peer) -> bool:
         """Whether a reader that came is gone. It locks, then says `taken`; asked twice: processors reorder."""
         if not peer.inbox.taken() or is_taken(self._control.fd, reader):
             return False
@@ -423,7 +422,7 @@ class Arena:
         for i, peer in enumerate(self._peers):
             self._read(i, peer)
 
-    def _read(self, reader: int, peer: _Peer) -> None:
+    def _read(self, reader: int, peer: Peer) -> None:
         for kind, value in peer.inbox.drain():
             if kind == EntryKind.RELEASED:
                 self._unclaim(self._tickets.released(reader, value))

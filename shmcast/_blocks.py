@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from shmcast._layout import PAGE, Descriptor, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(eq=False)
@@ -56,20 +60,17 @@ class Blocks:
         """Whether new blocks may be placed in `segment`."""
         self._spaces[segment].usable = usable
 
-    def allocate(self, length: int) -> Block | None:
-        """A block with one claim for `length` bytes, of a new generation; None where no hole fits."""
-        size = round_up(length, PAGE)
-        for number, space in self._spaces.items():
-            if not space.usable:
-                continue
-            for i, (offset, hole) in enumerate(space.holes):
-                if hole >= size:
-                    space.holes[i : i + 1] = [(offset + size, hole - size)] if hole > size else []
-                    self._generation += 1
-                    block = Block(number, offset, length, self._generation)
-                    self._live[number, offset] = block
-                    return block
-        return None
+    def allocate(self, length: int, spare: Callable[[], list[Block]] = list) -> Block | None:
+        """A block with one claim for `length` bytes, of a new generation; None where no hole fits.
+
+        `spare` gives up claims, on a block or more a call, until a hole fits, or none is left to give up.
+        """
+        block = self._take_hole(length)
+        while block is None and self._may_hold(length) and (spared := spare()):
+            for each in spared:
+                self.unclaim(each)
+            block = self._take_hole(length)
+        return block
 
     def unclaim(self, block: Block) -> None:
         """One claim less; the last one frees the block."""
@@ -105,6 +106,25 @@ class Blocks:
     def total(self) -> int:
         """Bytes of all segments."""
         return sum(space.size for space in self._spaces.values())
+
+    def _take_hole(self, length: int) -> Block | None:
+        size = round_up(length, PAGE)
+        for number, space in self._spaces.items():
+            if not space.usable:
+                continue
+            for i, (offset, hole) in enumerate(space.holes):
+                if hole >= size:
+                    space.holes[i : i + 1] = [(offset + size, hole - size)] if hole > size else []
+                    self._generation += 1
+                    block = Block(number, offset, length, self._generation)
+                    self._live[number, offset] = block
+                    return block
+        return None
+
+    def _may_hold(self, length: int) -> bool:
+        """Whether a usable segment is large enough, whatever lies in it now."""
+        size = PAGE + round_up(length, PAGE)
+        return any(space.usable and space.size >= size for space in self._spaces.values())
 
     @staticmethod
     def _fill(holes: list[tuple[int, int]], offset: int, size: int) -> None:

@@ -90,6 +90,29 @@ class Inbox:
         self._posted.close()
 
 
+class Peer:
+    """What the writer knows of one reader."""
+
+    def __init__(self, inbox: Inbox, wake: posix_ipc.Semaphore, ready: posix_ipc.Semaphore | None) -> None:
+        self.inbox = inbox
+        self.wake = wake
+        self.ready = ready
+        self.mapped: set[int] = set()
+        self.left = False
+        self.dead = False
+
+    def close(self) -> None:
+        self.inbox.close()
+        self.wake.close()
+        if self.ready is not None:
+            self.ready.close()
+
+    @property
+    def listens(self) -> bool:
+        """Whether it can still open what is published."""
+        return not (self.left or self.dead)
+
+
 def acquire_all(semaphore: posix_ipc.Semaphore) -> int:
     """Acquire as often as is possible without waiting; how often that was."""
     acquired = 0

@@ -86,27 +86,78 @@ def digest_bytes(data: Any, name: str = DEFAULT) -> bytes:
     (numbers in lists, object arrays, sparse tensors), ValueError for an empty list or an unknown name, ImportError
     where the extra is missing.
     """
-    if not isinstance(data, torch.Tensor) or data.layout is not torch.strided or data.is_inference():
+    if not isinstance(data, torch.Tensor) or not _is_tracked(data):
         return _hash(data, name)
-    offset, shape, stride = int(data.storage_offset()), tuple(data.shape), data.stride()
-    place = _Place(name, data.dtype, offset, shape, stride, data.is_conj(), data.is_neg())
-    # Counters belong to a tensor and its views. Two roots over one storage (`.data`, `set_`) count apart, so the same
-    # number under another root says nothing about these bytes.
-    root = data if data._base is None else data._base
-    storage, version = data.untyped_storage(), data._version
-    extents = _remembered.get(storage)
-    known = None if extents is None else extents.get(place)
-    if known is not None and known.version == version and known.root() is root:
-        return known.digest
-    value = _hash(data, name)
-    if data._version == version:
-        _remember(storage, place, _Remembered(weakref.ref(root), version, value))
+    place, root, storage, version = _place(data, name), _root(data), data.untyped_storage(), data._version
+    value = _recall(data, place)
+    if value is None:
+        value = _hash(data, name)
+        if data._version == version:
+            _remember(storage, place, _Remembered(weakref.ref(root), version, value))
     return value
+
+
+class Known(NamedTuple):
+    """A digest, by its name, of `length` bytes; or of their bfloat16 elements, widened to float32."""
+
+    name: str
+    digest: bytes
+    length: int
+    widened: bool
+
+
+def known(tensors: Iterable[torch.Tensor], start: int, length: int) -> tuple[Known, ...]:
+    """What is remembered of the bytes at addresses `[start, start + length)`: the digests of the parts that tile them.
+
+    Equal answers mean equal bytes. `tensors`: whose digests to look for, in the order of their addresses. Computes
+    nothing; where a byte is in no part whose digest was computed and still holds, the answer is empty.
+    """
+    parts: list[Known] = []
+    at = start
+    for tensor in tensors:
+        # A digest is over elements in row-major order: of memory only where that is their order in memory.
+        if tensor.data_ptr() == at and tensor.is_contiguous() and (part := _known(tensor)) is not None:
+            parts.append(part)
+            at += part.length
+    return tuple(parts) if at == start + length else ()
+
+
+def _known(tensor: torch.Tensor) -> Known | None:
+    if not _is_tracked(tensor) or tensor.is_conj() or tensor.is_neg():
+        return None
+    for name in NAMES:
+        value = _recall(tensor, _place(tensor, name))
+        if value is not None:
+            return Known(name, value, tensor.nbytes, tensor.dtype is torch.bfloat16)
+    return None
 
 
 def require(name: str) -> None:
     """Raise now what `digest` would raise for this name: ValueError if unknown, ImportError if not installed."""
     _hasher(name)
+
+
+def _is_tracked(data: torch.Tensor) -> bool:
+    """Whether torch counts the writes to it."""
+    return data.layout is torch.strided and not data.is_inference()
+
+
+def _place(data: torch.Tensor, name: str) -> _Place:
+    offset, shape, stride = int(data.storage_offset()), tuple(data.shape), data.stride()
+    return _Place(name, data.dtype, offset, shape, stride, data.is_conj(), data.is_neg())
+
+
+def _root(data: torch.Tensor) -> torch.Tensor:
+    # Counters belong to a tensor and its views. Two roots over one storage (`.data`, `set_`) count apart, so the same
+    # number under another root says nothing about these bytes.
+    return data if data._base is None else data._base
+
+
+def _recall(data: torch.Tensor, place: _Place) -> bytes | None:
+    """The digest that is remembered for `place` and holds for what is there now."""
+    extents = _remembered.get(data.untyped_storage())
+    found = None if extents is None else extents.get(place)
+    return found.digest if found and found.version == data._version and found.root() is _root(data) else None
 
 
 def _remember(storage: torch.UntypedStorage, place: _Place, known: _Remembered) -> None:
@@ -213,7 +264,8 @@ def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
-    return flat.view(torch.uint8).numpy().data
+    # One element, or none, is contiguous whatever its stride; `view` asks for a stride of 1.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
 
 
 def _array_runs(array: np.ndarray[Any, Any]) -> Iterator[memoryview]:

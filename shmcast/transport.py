@@ -12,6 +12,7 @@ import atexit
 import os
 import threading
 from bisect import bisect_right
+from contextlib import suppress
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakSet, finalize, ref
@@ -23,22 +24,21 @@ import torch
 from shmcast import _layout, _reclaim
 from shmcast._arena import Arena
 from shmcast._codec import Allow, Encoded, Leaves, decode, encode
+from shmcast._contents import Contents, Found, Fresh
 from shmcast._layout import BLOCK, MAX_READERS, MAX_TICKETS, BlockKind, Message, parse_message, plan_message
 from shmcast._lease import Leases
-from shmcast.errors import ClosedError, EncodeError, LayoutError, ShmcastError, StaleHandle
+from shmcast.errors import ArenaFull, ClosedError, EncodeError, LayoutError, ShmcastError, StaleHandle
 from shmcast.metrics import Counters, ReaderLeases, Stats
 from shmcast.policy import Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from shmcast._blocks import Block
     from shmcast._segment import Isolation
     from shmcast._wire import Address, Handle
-
-MANY_BYTES = 8 << 20
 
 Memory = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
@@ -52,7 +52,7 @@ class Writer:
         readers: how many readers there will be, 1 to 64; each attaches once, under an index of its own.
         capacity: the most bytes of shared memory to use; default a quarter of what is free, at most 2 GiB.
         allow: classes, or names of packages, whose instances may travel.
-        policy: only `wait` matters here.
+        policy: only `wait` and `cache_bytes` matter here.
         rank: names the writer in messages and in /dev/shm.
         slots: of the ring for `announce`, a power of two; 0: the writer has none.
 
@@ -81,7 +81,8 @@ class Writer:
         self._empties: dict[Block, _Empty] = {}
         self._closed = False
         _reclaim.sweep()
-        self._arena = Arena(readers, capacity, rank, slots=slots)
+        self._arena = Arena(readers, capacity, rank, slots=slots, cache_bytes=self._policy.cache_bytes)
+        self._contents = Contents(self._arena, self._policy.cache_bytes, self._counters)
         self._announcing = threading.Lock()
         _writers.add(self)
 
@@ -93,7 +94,8 @@ class Writer:
     def publish(self, obj: object, *, readers: Iterable[int] | None = None, opens: int = 1) -> Handle:
         """Put `obj` into shared memory for `readers` (default all), each of which may open it `opens` times.
 
-        Tensors that lie in memory of `empty` are not copied; all others are, once.
+        Tensors that lie in memory of `empty`, or whose bytes the content cache holds (`Policy.cache_bytes`), are not
+        copied; all others are, once. Nobody may write to them meanwhile.
 
         Returns:
             A handle of at most 256 pickled bytes.
@@ -110,7 +112,7 @@ class Writer:
         return handle
 
     def put(self, encoded: Encoded, *, readers: Iterable[int] | None = None, opens: int = 1) -> Handle:
-        """`publish` for an object that is encoded already; counts nothing."""
+        """`publish` for an object that is encoded already; counts nothing but hits and misses of the cache."""
         self._check_open()
         everyone = range(self.address.readers)
         chosen = sorted(set(everyone if readers is None else readers))
@@ -119,19 +121,12 @@ class Writer:
         if not 1 <= opens <= MAX_TICKETS:
             raise ValueError(f"opens={opens}: 1 to {MAX_TICKETS}")
         listed = self._find_empties(encoded)
-        blocks = tuple(dict.fromkeys(found.block for found in listed.values()))
-        sizes = self._place(encoded, listed, blocks)
-        plan = plan_message(len(encoded.stream), len(blocks), sizes)
-        block = self._arena.reserve(plan.length, self._policy.wait, chosen, opens)
-        try:
-            mapping = self._arena.mapping(block)
-            memory = np.frombuffer(mapping, np.uint8, block.size, block.offset)
-            copy_pieces(encoded, plan.pieces, memory)
-            message = Message(encoded.stream, tuple(b.where for b in blocks), plan.pieces)
-            _layout.write_message(mapping, block.generation, plan.length, message, block.offset)
-            return self._arena.grant(block, blocks, chosen, opens)
-        finally:
-            self._arena.free(block)
+        with self._contents.find(encoded, listed) as cached:
+            if cached.found:
+                with suppress(ArenaFull):
+                    return self._write(encoded, listed | cached.found, chosen, opens, 0, cached.fresh)
+        # Nothing of it is cached, or what is lies in the way of the rest: all that is claimed pins a place.
+        return self._write(encoded, listed, chosen, opens, self._policy.wait)
 
     def announce(self, header: bytes) -> tuple[int, ...]:
         """Post `header`, 256 bytes, to every reader; needs `slots`. Waits at most `policy.wait` for slow readers.
@@ -220,7 +215,31 @@ class Writer:
         self._empties.pop(block, None)
         self._arena.expire(block)
 
-    def _find_empties(self, encoded: Encoded) -> dict[int, _Found]:
+    def _write(
+        self,
+        encoded: Encoded,
+        listed: Mapping[int, Found],
+        readers: Sequence[int],
+        opens: int,
+        wait: float,
+        fresh: Iterable[Fresh] = (),
+    ) -> Handle:
+        blocks = tuple(dict.fromkeys(found.block for found in listed.values()))
+        sizes = self._place(encoded, listed, blocks)
+        plan = plan_message(len(encoded.stream), len(blocks), sizes)
+        block = self._arena.reserve(plan.length, wait, readers, opens)
+        try:
+            self._contents.fill(fresh)
+            mapping = self._arena.mapping(block)
+            memory = np.frombuffer(mapping, np.uint8, block.size, block.offset)
+            copy_pieces(encoded, plan.pieces, memory)
+            message = Message(encoded.stream, tuple(b.where for b in blocks), plan.pieces)
+            _layout.write_message(mapping, block.generation, plan.length, message, block.offset)
+            return self._arena.grant(block, blocks, readers, opens)
+        finally:
+            self._arena.free(block)
+
+    def _find_empties(self, encoded: Encoded) -> dict[int, Found]:
         """For each piece that lies in memory of `empty`, by its number: the block, and where in it."""
         empties = sorted(
             (empty.start, empty.end, block.generation, block) for block, empty in tuple(self._empties.items())
@@ -231,7 +250,7 @@ class Writer:
             start, end, _, block = empties[bisect_right(empties, at, key=itemgetter(0)) - 1]
             if start <= at and at + piece.source.numel() <= end:
                 self._freeze(block)
-                found[number] = _Found(block, BLOCK.size + at - start)
+                found[number] = Found(block, BLOCK.size + at - start)
         return found
 
     def _freeze(self, block: Block) -> None:
@@ -247,7 +266,7 @@ class Writer:
         self._empties[block] = frozen._replace(version=tensor._version)
 
     @staticmethod
-    def _place(encoded: Encoded, listed: dict[int, _Found], blocks: tuple[Block, ...]) -> list[_layout.Piece | int]:
+    def _place(encoded: Encoded, listed: Mapping[int, Found], blocks: tuple[Block, ...]) -> list[_layout.Piece | int]:
         places: list[_layout.Piece | int] = []
         for number, piece in enumerate(encoded.pieces):
             length = piece.lead + piece.source.numel()
@@ -356,11 +375,6 @@ class Reader:
         self.close()
 
 
-class _Found(NamedTuple):
-    block: Block
-    offset: int
-
-
 class _Empty(NamedTuple):
     """A tensor of `empty`: its addresses, itself while it lives, and its version when it was last published."""
 
@@ -391,18 +405,10 @@ def unpack_inline(tensor: Tensor, allow: Allow, leaves: Leaves | None = None) ->
 
 def copy_pieces(encoded: Encoded, places: Sequence[_layout.Piece], memory: Memory) -> None:
     """Copy the pieces that go into a message's own block, `memory`, each to its place."""
-    # numpy's copy is memcpy. torch's is slower with one thread, and with several, which have to be woken, pays for
-    # large pieces only: on a busy machine small ones would wait for a processor.
-    threads = torch.get_num_threads()
     for piece, place in zip(encoded.pieces, places, strict=True):
-        if place.block:
-            continue
-        start = place.offset + piece.lead
-        target = memory[start : start + piece.source.numel()]
-        if threads > 1 and piece.source.numel() >= MANY_BYTES:
-            torch.from_numpy(target).copy_(piece.source)
-        else:
-            np.copyto(target, piece.source.numpy())
+        if not place.block:
+            start = place.offset + piece.lead
+            piece.copy_to(memory[start : start + piece.source.numel()])
 
 
 def _forget() -> None:

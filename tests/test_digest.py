@@ -131,6 +131,8 @@ SHAPES = {
     "flipped": lambda t: t.flip(0),
     "expanded": lambda t: t[:1].expand(5, -1),
     "one column": lambda t: t[:, 3],
+    "one of a column": lambda t: t[4:5, 3],
+    "none of a column": lambda t: t[:0, 3],
     "needs grad": lambda t: t.clone().requires_grad_(),
 }
 

@@ -40,6 +40,7 @@ NAMES = {
 }
 LIGHT = [
     "_blocks",
+    "_cache",
     "_layout",
     "_pages",
     "_peers",
@@ -48,6 +49,7 @@ LIGHT = [
     "_room",
     "_segment",
     "_tickets",
+    "_turn",
     "_wire",
     "errors",
 ]

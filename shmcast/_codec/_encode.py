@@ -320,7 +320,9 @@ class _Flattener(pickle.Pickler):
                 pieces.append(self.place_copy(run.members[0], index))
                 continue
             low, members = run.low, run.members
-            piece = piece_of(low, run.high, [self.spans[member].keep for member in members])
+            values = (self.placed[member][1] for member in members)
+            tensors = tuple(value for value in values if isinstance(value, torch.Tensor))
+            piece = piece_of(low, run.high, [self.spans[member].keep for member in members], tensors)
             for member in members:
                 self.put_placed(member, index, low - piece.lead)
             pieces.append(piece)

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 
 LINE = 64
+MANY_BYTES = 8 << 20
+
+Memory = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 class Piece(NamedTuple):
@@ -21,10 +24,21 @@ class Piece(NamedTuple):
     `source`: 1-D uint8 CPU tensor over the bytes where they are; it keeps them alive.
     `lead`: 0 to 63, how far into a 64-byte line the first byte sits. The piece is stored that far into a line too, and
     `decode` gets a uint8 tensor of `lead + source.numel()` bytes, so that every element keeps its alignment.
+    `tensors`: those tensors of the object that lie in `source`, in the order of their addresses.
     """
 
     source: torch.Tensor
     lead: int
+    tensors: tuple[torch.Tensor, ...] = ()
+
+    def copy_to(self, memory: Memory) -> None:
+        """Copy the bytes of `source` into as many bytes of memory."""
+        # numpy's copy is memcpy. torch's is slower with one thread, and with several, which have to be woken, pays for
+        # large pieces only: on a busy machine small ones would wait for a processor.
+        if torch.get_num_threads() > 1 and len(memory) >= MANY_BYTES:
+            torch.from_numpy(memory).copy_(self.source)
+        else:
+            np.copyto(memory, self.source.numpy())
 
 
 class Span(NamedTuple):
@@ -81,10 +95,10 @@ def is_sparse(run: Run, spans: list[Span]) -> bool:
     return len(run.members) == 1 and run.high - run.low > 2 * spans[run.members[0]].used
 
 
-def piece_of(low: int, high: int, keep: object) -> Piece:
+def piece_of(low: int, high: int, keep: object, tensors: tuple[torch.Tensor, ...] = ()) -> Piece:
     """The piece over the addresses `[low, high)`, which `keep` keeps alive."""
     source = torch.from_numpy(np.asarray(_Memory(low, high - low, keep)))
-    return Piece(source, low % LINE)
+    return Piece(source, low % LINE, tensors)
 
 
 def array_owner(array: np.ndarray[Any, Any]) -> int:
