@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from shmcast.cli.bench import bench
 from shmcast.cli.demo import demo
 
 
@@ -13,4 +14,5 @@ def command_line() -> None:
     """Multimodal inputs for every rank of a machine, through shared memory."""
 
 
+command_line.add_command(bench)
 command_line.add_command(demo)
