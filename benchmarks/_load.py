@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 WORD = 4  # of a feature: float32
 SPAN = 16 << 20
 STEP = 65 * 64  # from one request's window to the next: 64-byte aligned, and no two of SPAN / 64 are alike
+CALM_TICKS = 50
 KEPT_BYTES = 256 << 20  # of results that are compared byte for byte after the timed part
 
 
@@ -191,7 +192,7 @@ class Requests:
         (item,) = got.mm_items
         wanted = self.raw(number)["mm_items"][0]["feature"]
         if not isinstance(item.feature, torch.Tensor) or not torch.equal(item.feature, wanted):
-            raise RuntimeError(f"rank {dist.get_rank()} got other bytes for request {number}")
+            raise RuntimeError(f"other bytes came for request {number}")
         self.check_hash(number, item.hash)
 
     def check_hash(self, number: int, found: int | None) -> None:
@@ -199,7 +200,7 @@ class Requests:
         if number not in self._hashes:
             self._hashes[number] = MultimodalInputs.from_dict(self.raw(number)).mm_items[0].hash
         if found != self._hashes[number]:
-            raise RuntimeError(f"rank {dist.get_rank()} got the hash {found} for request {number}")
+            raise RuntimeError(f"the hash {found} came for request {number}")
 
 
 class Feed:
@@ -401,7 +402,9 @@ class _Rank:
         parts.append(warm)
         if plan.quiet:
             parts.append(self._part(contender.key, "quiet"))
-            self._measure_quiet(work, warm, parts[-1])
+            idle = Idle(work)
+            idle.settles = way.settles
+            self._measure_quiet(idle, warm, parts[-1])
         return parts
 
     def _part(self, key: str, mode: str) -> Part:
@@ -430,15 +433,28 @@ class _Rank:
         run_ticks(way, load, self._requests, feed, results, part)
         part.arrived = feed.arrived
 
-    def _measure_quiet(self, work: Work, model: Part, part: Part) -> None:
-        share = model.cpu / (model.ended - model.began) * 1e9
+    def _measure_quiet(self, idle: Way, model: Part, part: Part) -> None:
+        ticks = len(model.stalls)
+        calm = self._part(model.contender, "calm")
+        self._idle(idle, calm, min(ticks, CALM_TICKS))
+        # The loop's own CPU time is not to be burnt as well.
+        extra = max(0.0, model.cpu - calm.cpu / len(calm.stalls) * ticks)
+        with _gauges.burning(extra / (model.ended - model.began) * 1e9):
+            self._idle(idle, part, ticks)
+
+    def _idle(self, idle: Way, part: Part, ticks: int) -> None:
         results = Results(part, self._requests, self._load, at_once=False)
-        with _gauges.burning(share), _measuring(part):
-            run_ticks(Idle(work), self._load, self._requests, Ticks(len(model.stalls)), results, part)
+        with _measuring(part):
+            run_ticks(idle, self._load, self._requests, Ticks(ticks), results, part)
 
 
 class Idle(Way):
-    """Nobody hands anything in."""
+    """Nobody hands anything in; the ranks settle that, where the way before did."""
+
+    def admit(self, offered: Any) -> list[str]:
+        if self.settles:
+            self.settle([True])
+        return []
 
 
 @contextmanager

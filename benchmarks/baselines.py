@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
@@ -34,7 +35,12 @@ POOL_THREADS = 2
 
 
 class Way:
-    """One rank's end of a way that has every request's outcome as soon as `submit` returns."""
+    """One rank's end of a way that has every request's outcome as soon as `submit` returns.
+
+    `settles`: ranks are ready at different times, and agree once a tick, by `settle`, on what all have.
+    """
+
+    settles = False
 
     def __init__(self, fn: Fn) -> None:
         self.fn = fn
@@ -79,6 +85,12 @@ class Way:
         objects = [value if self.leads else None]
         dist.broadcast_object_list(objects, src=ENTRY)
         return objects[0]
+
+    def settle(self, ready: Sequence[bool]) -> list[bool]:
+        """For each whether it is so on every rank; as many, in the same order, on all."""
+        everywhere = torch.tensor(ready, dtype=torch.uint8)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        return [bool(one) for one in everywhere.tolist()]
 
     def keep(self, batch: Batch, outcomes: Iterable[Outcome]) -> None:
         """These are the outcomes of this batch."""
