@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ import ctypes, hashlib, os, signal, sys, time
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 share, parent = float(sys.argv[1]), int(sys.argv[2])
 chunk, began = bytes(1 << 20), time.monotonic()
+print(flush=True)
 while os.getppid() == parent:
     hashlib.sha256(chunk)
     ahead = time.process_time() / share - (time.monotonic() - began)
@@ -59,13 +60,14 @@ def burning(share: float) -> Iterator[None]:
     command = [sys.executable, "-S", "-c", BURNER]
     count = max(1, -int(-share // 1))
     shares = [share / count] * count if share > 0 else []
-    burners = [subprocess.Popen([*command, str(each), str(os.getpid())]) for each in shares]
-    try:
+    with ExitStack() as ends:
+        for each in shares:
+            arguments = [*command, str(each), str(os.getpid())]
+            burner = ends.enter_context(subprocess.Popen(arguments, stdout=subprocess.PIPE))
+            ends.callback(burner.kill)
+            if burner.stdout is not None:
+                burner.stdout.readline()  # it has started
         yield
-    finally:
-        for burner in burners:
-            burner.kill()
-            burner.wait()
 
 
 def socket_bytes() -> int:
