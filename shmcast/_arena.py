@@ -89,6 +89,7 @@ class Arena:
         self._named: list[Segment] = []
         self._slots = slots
         self._headers: HeaderWriter | None = None
+        self._floors = [0] * readers
         self._lagging: dict[int, int] = {}
         self._hopeless = False
         self._control = self._create_control(readers)
@@ -251,6 +252,8 @@ class Arena:
         """Take back every ticket of `reader` under `below` that it has not opened, for good (L9)."""
         with self._lock:
             self._check_open()
+            # A floor that went down would let a reader open what was given out again.
+            self._floors[reader] = below = max(below, self._floors[reader])
             # As in withdraw: the floor is stored, a full fence, then tickets whose OPENED is in no ring by now.
             write_long(self._control.map, floor_offset(self.address.readers, RING_ENTRIES, reader), below)
             fence()

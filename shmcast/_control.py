@@ -7,16 +7,16 @@ first exception out of a collective ends the plane for good: gloo leaves a group
 
 from __future__ import annotations
 
-import pickle
 import threading
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 
 from shmcast._wire import HEADER, Call, Header, Reason, check_call, parse_header
 from shmcast.errors import ShmcastError
@@ -126,19 +126,11 @@ class Control(ABC):
         """The header that the entry rank sends. Raises `NoHeader`, or `ControlBroken` for good."""
 
     def send_tensor(self, tensor: Tensor) -> None:
-        """Send the bytes of an inline message, a 1-D uint8 tensor."""
+        """Send the bytes of a message that goes inline or by pickle, a 1-D uint8 tensor."""
         raise NotImplementedError
 
     def receive_tensor(self, length: int) -> Tensor:
-        """The inline message of `length` bytes that the last header announced."""
-        raise NotImplementedError
-
-    def send_object(self, obj: object) -> None:
-        """Send `obj` by pickle. What cannot be pickled goes as `None`."""
-        raise NotImplementedError
-
-    def receive_object(self) -> object:
-        """What the entry rank sends by pickle: only where the policy of this rank says that it may."""
+        """The message of `length` bytes that the last header announced."""
         raise NotImplementedError
 
     def any(self, failed: bool) -> bool:
@@ -154,27 +146,39 @@ class Control(ABC):
         return bytes(header._replace(sequence=self._calls, call=self._call, plane=self.plane, batch=self._batch))
 
 
+def private_group(group: ProcessGroup, name: str, timeout: float) -> ProcessGroup:
+    """A gloo group of our own over the ranks of `group`, closed when it is dropped: the others hear of it then.
+
+    Not `new_group`: its name, where not the whole world takes part, is made of how many groups this process has, so
+    that it comes again after one was destroyed, and differs between ranks that are in other groups too. Collective;
+    `name` is the same on every rank, and never used twice.
+    """
+    store = PrefixStore(f"shmcast/{name}", dist.distributed_c10d._get_default_store())
+    made = dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=timeout))
+    return cast("ProcessGroup", made)
+
+
 class GroupControl(Control):
     """A plane over a CPU group."""
 
     carries_tensors = True
 
     def __init__(self, group: ProcessGroup, timeout: float) -> None:
-        super().__init__(dist.get_rank(group), dist.get_world_size(group), timeout)
-        self._group = group
+        super().__init__(group.rank(), group.size(), timeout)
+        self.group = group
 
     def exchange(self, record: bytes) -> list[bytes]:
         """Every rank's record, by rank; each at most `RECORD_BYTES` long, zero padded."""
         mine = _tensor(record[:RECORD_BYTES].ljust(RECORD_BYTES, b"\0"))
         all_of_them = [torch.empty(RECORD_BYTES, dtype=torch.uint8) for _ in range(self.size)]
-        self._finish(lambda: dist.all_gather(all_of_them, mine, group=self._group, async_op=True))
+        self._finish(lambda: self.group.allgather([all_of_them], [mine]))
         return [_bytes(tensor).rstrip(b"\0") for tensor in all_of_them]
 
     def gather(self, header: bytes) -> list[bytes]:
         """Every rank's header of this call, by rank, in one collective."""
         all_of_them = torch.empty(self.size * HEADER.size, dtype=torch.uint8)
         parts = [all_of_them[i * HEADER.size : (i + 1) * HEADER.size] for i in range(self.size)]
-        self._finish(lambda: dist.all_gather(parts, _tensor(header), group=self._group, async_op=True))
+        self._finish(lambda: self.group.allgather([parts], [_tensor(header)]))
         return [_bytes(part) for part in parts]
 
     def send(self, header: Header) -> None:
@@ -205,31 +209,17 @@ class GroupControl(Control):
         self._broadcast(tensor)
         return tensor
 
-    def send_object(self, obj: object) -> None:
-        try:
-            self._finish(lambda: self._broadcast_object([obj]))
-        except ControlBroken as broken:
-            # torch pickles before it sends: the group is as it was, and the others wait.
-            if not isinstance(broken.__cause__, (pickle.PicklingError, TypeError, AttributeError)):
-                raise
-            self._broken = None
-            self._finish(lambda: self._broadcast_object([None]))
-
-    def receive_object(self) -> object:
-        box: list[object] = [None]
-        self._finish(lambda: self._broadcast_object(box))
-        return box[0]
-
     def any(self, failed: bool) -> bool:
         word = torch.tensor([failed], dtype=torch.int32)
-        self._finish(lambda: dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
+        options = dist.AllreduceOptions()
+        options.reduceOp = cast("dist.ReduceOp", dist.ReduceOp.MAX)
+        self._finish(lambda: self.group.allreduce([word], options))
         return bool(word.item())
 
-    def _broadcast_object(self, box: list[object]) -> None:
-        dist.broadcast_object_list(box, group=self._group, group_src=self.src, device=torch.device("cpu"))
-
     def _broadcast(self, tensor: Tensor) -> None:
-        self._finish(lambda: dist.broadcast(tensor, group=self._group, group_src=self.src, async_op=True))
+        options = dist.BroadcastOptions()
+        options.rootRank = self.src
+        self._finish(lambda: self.group.broadcast([tensor], options))
 
     def _finish(self, start: Callable[[], Work | None]) -> None:
         if self._broken is not None:

@@ -75,7 +75,9 @@ class Costs:
         if fn is None or len(self._fixed) < ENOUGH:
             return False
         fixed = median(self._fixed)
-        publish = fixed + median(self._lacked) * weight.nbytes * (median(self._rate) if self._rate else RATE)
+        publish = fixed + (median(self._lacked) if self._lacked else 1.0) * weight.nbytes * (
+            median(self._rate) if self._rate else RATE
+        )
         local = self._others * fn < publish + self._others * fixed
         self._locals += local
         return local and self._locals % EXPLORE != 0

@@ -12,29 +12,34 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shmcast._codec import Allow
-from shmcast._entry import Entry
+from shmcast._control import GroupControl, private_group
+from shmcast._entry import UNKNOWN, Entry
 from shmcast._follower import Follower
 from shmcast._joining import Offer, Settings, attach, join
 from shmcast._layout import HEADER_SLOTS
 from shmcast._planes import GatherControl, Gathered, RingControl
+from shmcast._requests import State
 from shmcast._room import default_capacity
-from shmcast._sent import attempt, describe
+from shmcast._sent import HERE, attempt, describe
 from shmcast._wire import Call
 from shmcast.errors import ClosedError, MaterializeError, ShmcastError
-from shmcast.policy import Route
+from shmcast.policy import Policy, Route
 from shmcast.transport import Reader, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from shmcast._control import Control, GroupControl
+    from shmcast._control import Control
     from shmcast._requests import Request, Requests
     from shmcast.metrics import Counters
+
+DELAY = 0.01
 
 log = logging.getLogger("shmcast")
 
@@ -46,6 +51,18 @@ class Batch:
     number: int
     digest: int
     shares: dict[int, list[Request]]
+
+
+def run_fn(fn: Callable[[Any], Any], raw: Any) -> Any:
+    """`fn(raw)`, such that what it raises is the request's error, and never ends a thread or the scheduler."""
+    try:
+        return fn(raw)
+    except Exception:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        raise MaterializeError(f"fn raised {describe(error)}") from error
 
 
 class Work:
@@ -61,15 +78,13 @@ class Work:
         """`fn`, such that a thread outlives whatever it raises."""
         if self.ending:
             raise ClosedError("this SchedulerBackend was closed")
-        try:
-            return self._fn(raw)
-        except Exception:
-            raise
-        except BaseException as error:
-            raise MaterializeError(f"fn raised {describe(error)}") from error
+        return run_fn(self._fn, raw)
 
     def deliver(self, request: Request, result: object, size: int) -> None:
         """The result of one request, and the bytes of shared memory it pins."""
+        if result is HERE:
+            self._requests.leave(request)
+            return
         if isinstance(result, Exception):
             # Its frames hold the whole batch.
             traceback.clear_frames(result.__traceback__)
@@ -96,6 +111,10 @@ class Plane(ABC):
     def run(self, batch: Batch, work: Work) -> None:
         """Materialize this plane's share of a batch, or receive it, and deliver each result."""
 
+    def dispatch(self, batch: Batch, work: Work) -> bool:
+        """`run`, where that takes no time, and nothing of this plane is under way; else False, and nothing was done."""
+        return False
+
 
 class Alone(Plane):
     """The plane of a rank that shares nothing with others: it makes everything itself."""
@@ -115,11 +134,17 @@ class Alone(Plane):
 class Shared(Plane):
     """What the rank `control.src` makes for all. `always`: takes part in a collective, also with nothing to say."""
 
-    def __init__(self, control: Control, end: Entry | Follower, *, agrees: bool, always: bool) -> None:
+    def __init__(self, control: Control, end: Entry | Follower, policy: Policy, *, always: bool) -> None:
         self._control = control
         self._end = end
-        self._agrees = agrees
+        # With the route raw it is what was received that fn has to run on.
+        self._lazy = policy.route is not Route.RAW
         self._always = always
+
+    @property
+    def can_help(self) -> bool:
+        """Whether `receive` is of any use: a thread that waits may take a header from the ring itself."""
+        return isinstance(self._end, Follower) and isinstance(self._control, RingControl)
 
     def share(self, batch: Batch) -> list[Request]:
         return batch.shares.get(self._control.src, [])
@@ -127,31 +152,45 @@ class Shared(Plane):
     def takes(self, batch: Batch) -> bool:
         return self._always or bool(self.share(batch))
 
-    def run(self, batch: Batch, work: Work) -> None:
+    def dispatch(self, batch: Batch, work: Work) -> bool:
+        if not isinstance(self._end, Entry) or not isinstance(self._control, RingControl):
+            return False
         share = self.share(batch)
         with self._control.turn(Call.BATCH, batch.number, batch.digest):
-            try:
-                results = self._materialize(share, work)
-            except ShmcastError as error:
-                # Ranks that agree on each result may have none; all others can run `fn`.
-                if not self._agrees:
-                    raise
-                results = [error] * len(share)
+            if not self._end.leave_batch([request.weight or UNKNOWN for request in share]):
+                return False
+        work.leave(share)
+        return True
+
+    def receive(self, batch: Batch, work: Work, timeout: float) -> bool:
+        """`run` on the thread of one who waits, where the header comes within `timeout` seconds; it runs no `fn`."""
+        if not isinstance(self._control, RingControl) or not self._control.ready(timeout):
+            return False
+        self._run(batch, work, lazy=self._lazy)
+        return True
+
+    def run(self, batch: Batch, work: Work) -> None:
+        self._run(batch, work, lazy=False)
+
+    def _run(self, batch: Batch, work: Work, *, lazy: bool) -> None:
+        share = self.share(batch)
+        with self._control.turn(Call.BATCH, batch.number, batch.digest):
+            results = self._materialize(share, work, lazy=lazy)
         for request, result in zip(share, results, strict=True):
             work.deliver(request, result, 0)
 
-    def _materialize(self, share: list[Request], work: Work) -> list[Any]:
+    def _materialize(self, share: list[Request], work: Work, *, lazy: bool) -> list[Any]:
         raws = [request.raw for request in share]
 
         def deliver(number: int, result: object, size: int) -> None:
             work.deliver(share[number], result, size)
 
         if isinstance(self._end, Follower):
-            return self._end.materialize_batch(raws, work.run, deliver=deliver)
+            return self._end.materialize_batch(raws, work.run, deliver=deliver, lazy=lazy)
         if work.ending:
             self._end.skip_batch()
             return [ClosedError("this SchedulerBackend was closed")] * len(share)
-        weights = [request.weight for request in share]
+        weights = [request.weight or UNKNOWN for request in share]
         return self._end.materialize_batch(raws, work.run, weights=weights, deliver=deliver)
 
 
@@ -162,6 +201,8 @@ class Worker:
         self._planes = planes
         self._work = work
         self._batches: SimpleQueue[Batch | None] = SimpleQueue()
+        self._owed = 0
+        self._counting = threading.Lock()
         self._last = 0
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
@@ -172,9 +213,14 @@ class Worker:
         return threading.current_thread() is self._thread
 
     def put(self, batch: Batch) -> None:
-        """Have the thread take a batch; one that it was given before does nothing."""
-        if any(plane.takes(batch) for plane in self._planes):
-            self._batches.put(batch)
+        """Have a batch taken, on this thread where that takes no time; one that it was given before does nothing."""
+        if not any(plane.takes(batch) for plane in self._planes):
+            return
+        if self._owed == 0 and len(self._planes) == 1 and self._planes[0].dispatch(batch, self._work):
+            return
+        with self._counting:
+            self._owed += 1
+        self._batches.put(batch)
 
     def end(self) -> None:
         """No batch comes after those that were put."""
@@ -189,19 +235,99 @@ class Worker:
         while (batch := self._batches.get()) is not None:
             if batch.number > self._last:
                 self._last = batch.number
-                self._take(batch)
+                for plane in self._planes:
+                    take(plane, batch, self._work)
             # Nothing of it may stay while the thread waits for the next one.
             del batch
+            with self._counting:
+                self._owed -= 1
 
-    def _take(self, batch: Batch) -> None:
-        for plane in self._planes:
-            try:
-                if plane.takes(batch):
-                    plane.run(batch, self._work)
-            except BaseException:
-                if not self._work.ending:
-                    log.exception("a batch failed in a thread of the SchedulerBackend: its requests run fn when taken")
-            self._work.leave(plane.share(batch))
+
+class Steward:
+    """Follows one plane: who waits for a request takes its header himself; a thread sees to it that somebody does.
+
+    Waking a thread for each header would cost more than most headers do. The thread sleeps while nothing is expected,
+    looks in every `DELAY` seconds while something is, and takes over what came that long ago, or is that late.
+    """
+
+    def __init__(self, plane: Shared, name: str, work: Work) -> None:
+        self._plane = plane
+        self._work = work
+        self._batches: deque[Batch] = deque()
+        self._turn = threading.Lock()
+        self._rouse = threading.Semaphore(0)
+        self._asleep = False
+        self._ending = False
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is this thread."""
+        return threading.current_thread() is self._thread
+
+    def put(self, batch: Batch) -> None:
+        """Expect a batch; one that it was given before is taken again, and then nothing comes of it."""
+        if self._plane.takes(batch):
+            for request in self._plane.share(batch):
+                request.helper = self
+            self._batches.append(batch)
+            # The thread says that it sleeps, and then looks for batches; we do it the other way round.
+            if self._asleep:
+                self._rouse.release()
+
+    def help(self, request: Request, timeout: float) -> None:
+        """Take headers until `request` is settled, for at most `timeout` seconds and `DELAY`."""
+        if not self._turn.acquire(blocking=False):
+            return
+        try:
+            end = time.monotonic() + min(timeout, DELAY)
+            while request.state is State.PENDING and self._batches:
+                if not self._plane.receive(self._batches[0], self._work, max(0.0, end - time.monotonic())):
+                    return
+                self._work.leave(self._plane.share(self._batches.popleft()))
+        finally:
+            self._turn.release()
+
+    def end(self) -> None:
+        """No batch comes after those that were put."""
+        self._ending = True
+        self._rouse.release()
+
+    def join(self, deadline: float) -> None:
+        """Wait for the thread to end, until `deadline` of the monotonic clock."""
+        if not self.is_current:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _serve(self) -> None:
+        while not self._ending:
+            self._asleep = True
+            if not self._batches:
+                self._rouse.acquire()
+            self._asleep = False
+            self._look_in()
+
+    def _look_in(self) -> None:
+        """Take over a batch that was expected a `DELAY` ago already."""
+        first = self._batches[0].number if self._batches else None
+        self._rouse.acquire(timeout=DELAY)
+        if first is None or self._ending:
+            return
+        with self._turn:
+            if self._batches and self._batches[0].number == first:
+                take(self._plane, self._batches[0], self._work)
+                self._batches.popleft()
+
+
+def take(plane: Plane, batch: Batch, work: Work) -> None:
+    """Take a batch through a plane, whatever happens: what has no result after it is left to `take`."""
+    try:
+        if plane.takes(batch):
+            plane.run(batch, work)
+    except BaseException:
+        if not work.ending:
+            log.exception("a batch failed in a thread of the SchedulerBackend: its requests run fn when taken")
+    work.leave(plane.share(batch))
 
 
 class Crew:
@@ -211,7 +337,7 @@ class Crew:
         """Of a rank that is alone."""
         self._counters = counters
         self._planes: list[list[Plane]] = [[Alone()]]
-        self._workers: list[Worker] = []
+        self._workers: list[Worker | Steward] = []
         self.writer: Writer | None = None
         self.readers: list[Reader] = []
         self._sources: list[int] = []
@@ -237,21 +363,22 @@ class Crew:
             raise
         assert not isinstance(settings, Exception)
         self.route, self.src = verdict.route, verdict.src
-        policy = replace(settings.policy, agree=verdict.agree)
-        if verdict.route is Route.SHM:
-            self._make_planes(control, settings._replace(policy=policy), verdict.plane, spread=spread)
-            if self.writer is not None:
-                self.writer.settle()
+        if verdict.route is not Route.SHM:
+            self._leave_shared_memory(verdict.why)
             return
-        self._leave_shared_memory(verdict.why)
-        if verdict.route is Route.INLINE:
-            control.settle(verdict.src, verdict.plane)
-            self._planes = [[self._shared(control, settings._replace(policy=replace(policy, route=Route.AUTO)))]]
+        self._make_planes(control, settings, verdict.plane, spread=spread)
+        if self.writer is not None:
+            self.writer.settle()
 
     def start(self, work: Work) -> None:
         """Start the threads."""
         for planes in self._planes:
-            self._workers.append(Worker(planes, f"shmcast-plane-{len(self._workers)}", work))
+            name = f"shmcast-plane-{len(self._workers)}"
+            only = planes[0]
+            if isinstance(only, Shared) and only.can_help:
+                self._workers.append(Steward(only, name, work))
+            else:
+                self._workers.append(Worker(planes, name, work))
 
     def put(self, batch: Batch) -> None:
         """Hand a batch to the threads that have to do with it."""
@@ -281,6 +408,8 @@ class Crew:
             worker.join(deadline)
         if self.writer is not None:
             self.writer.close()
+        # With them goes the group, and so the other ranks hear of it.
+        self._planes, self._workers = [], []
 
     # Joining.
 
@@ -324,6 +453,9 @@ class Crew:
         ends: list[tuple[int, Writer | Reader]] = list(zip(self._sources, self.readers, strict=True))
         if self.writer is not None:
             ends.insert(0, (control.rank, self.writer))
+        if settings.control == "group":
+            # Only the thread that takes batches uses it, and never the group that was given.
+            control = GroupControl(private_group(control.group, f"{plane:x}", settings.timeout), settings.timeout)
         gathered = Gathered(control) if spread and settings.control == "group" else None
         planes: list[Plane] = []
         for src, end in ends:
@@ -338,18 +470,14 @@ class Crew:
             planes.append(self._shared(each, settings, end, always=settings.control == "group" and each.leads))
         self._planes = [[each] for each in planes] if settings.control == "ring" else [planes]
 
-    def _shared(
-        self, control: Control, settings: Settings, end: Writer | Reader | None = None, *, always: bool = False
-    ) -> Shared:
+    def _shared(self, control: Control, settings: Settings, end: Writer | Reader, *, always: bool) -> Shared:
         policy, allow = settings.policy, Allow(settings.allow)
         made: Entry | Follower
-        if control.leads:
-            writer = end if isinstance(end, Writer) else None
-            made = Entry(control, writer, policy, allow, self._counters)
+        if isinstance(end, Writer):
+            made = Entry(control, end, policy, allow, self._counters)
         else:
-            reader = end if isinstance(end, Reader) else None
-            made = Follower(control, reader, policy, allow, self._counters)
-        return Shared(control, made, agrees=policy.agree, always=always)
+            made = Follower(control, end, policy, allow, self._counters)
+        return Shared(control, made, policy, always=always)
 
     def _leave_shared_memory(self, why: str) -> None:
         if self.writer is not None:

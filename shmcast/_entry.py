@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from shmcast._codec import Allow, Encoded, Leaves, encode
 from shmcast._control import Control, ControlBroken
 from shmcast._costs import Costs, Weight
-from shmcast._sent import Deliver, R, Sent, T, attempt, describe, ignore, index_of, note, walk, weigh
+from shmcast._sent import Deliver, R, Sent, T, attempt, describe, ignore, index_of, note, pickled, walk, weigh
 from shmcast._wire import CHOICES, Handle, HeaderRoute, Reason
 from shmcast.errors import ArenaFull, MaterializeError, PeerDied, ShmcastError
 from shmcast.policy import Policy, Route
@@ -88,12 +88,13 @@ class Entry:
             with self._owing_a_header():
                 (task,) = self._tasks([raw], None)
                 made = self._make(task, fn)
+                if made.sent.route is HeaderRoute.PICKLE:
+                    made = made._replace(sent=self._pickle([made]))
                 self._announce([made.sent], made.sent)
             if made.again:
                 return self._run(task, fn)
             if made.error is not None:
                 raise self._failure(made.error)
-            self._send_pickled(made.sent, [made])
             self._agree(made.sent, lambda: self._inline(made.obj))
         except ControlBroken as broken:
             note(self._counters, Reason.CONTROL, broken)
@@ -125,9 +126,8 @@ class Entry:
                     made.append(self._make(task, fn))
                     if not self._policy.agree and made[-1].is_on_its_way:
                         deliver(number, made[-1].obj, made[-1].sent.size)
-                index = self._send_index([m.sent for m in made])
+                index = self._send_index(made)
                 self._announce([m.sent for m in made], index)
-            self._send_pickled(index, made)
             self._agree(index, lambda: self._inline_batch(made))
         except ControlBroken as broken:
             note(self._counters, Reason.CONTROL, broken)
@@ -138,6 +138,16 @@ class Entry:
             if not each.is_on_its_way:
                 deliver(number, results[-1], 0)
         return results
+
+    def leave_batch(self, weights: Sequence[Weight]) -> bool:
+        """Where every rank had better run `fn` itself on all of a batch: say so, run nothing, and return True."""
+        if self._control.broken is not None or self._policy.route is not Route.AUTO or not self._heals:
+            return False
+        if not all(self._costs.chooses_local(weight) for weight in weights):
+            return False
+        with suppress(ControlBroken):
+            self._announce([], Sent(HeaderRoute.LOCAL, Reason.COST))
+        return True
 
     def skip_batch(self) -> None:
         """Have the other ranks run `fn` themselves for one batch: this one is closing."""
@@ -193,14 +203,19 @@ class Entry:
             self._costs.saw_publish(task.weight, made.sent.size, perf_counter() - started)
         return made
 
-    def _send_pickled(self, sent: Sent, made: list[_Made]) -> None:
-        if sent.route is HeaderRoute.PICKLE:
-            self._control.send_object([(m.obj, "" if m.error is None else describe(m.error)) for m in made])
+    def _pickle(self, made: list[_Made]) -> Sent:
+        try:
+            tensor = pickled((m.obj, "" if m.error is None else describe(m.error)) for m in made)
+        except Exception as error:
+            route = HeaderRoute.LOCAL if self._heals else HeaderRoute.NONE
+            return Sent(route, Reason.ENCODE, text=describe(error))
+        return Sent(HeaderRoute.PICKLE, inline=tensor, size=tensor.numel())
 
-    def _send_index(self, sents: list[Sent]) -> Sent:
+    def _send_index(self, made: list[_Made]) -> Sent:
         """What stands in the header of a batch: where its index is, or what is the same for all of its requests."""
-        if any(sent.route is HeaderRoute.PICKLE for sent in sents):
-            return Sent(HeaderRoute.PICKLE)
+        if any(m.sent.route is HeaderRoute.PICKLE for m in made):
+            return self._pickle(made)
+        sents = [m.sent for m in made]
         if self._heals:
             alike = all(sent.route is HeaderRoute.LOCAL and sent.reason in CHOICES for sent in sents)
             if alike or len(sents) == 1:

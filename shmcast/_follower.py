@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from shmcast._control import Control, ControlBroken, NoHeader
-from shmcast._sent import Deliver, R, Sent, T, attempt, ignore, note, parse_index, walk
+from shmcast._sent import HERE, Deliver, R, Sent, T, attempt, ignore, note, parse_index, unpickled, walk
 from shmcast._wire import CHOICES, HeaderRoute, Reason
 from shmcast.errors import ClosedError, LayoutError, MaterializeError, PeerDied, ShmcastError
 from shmcast.policy import Policy, Route
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
     from shmcast._codec import Allow, Leaves
     from shmcast.metrics import Counters
+
+
+def _put_off(raw: object) -> object:
+    """An `fn` that leaves it to whoever takes the result."""
+    return HERE
 
 
 class _Taken(NamedTuple):
@@ -72,10 +77,13 @@ class Follower:
             return self._by_itself(broken, lambda: fn(raw))
 
     def materialize_batch(
-        self, raws: Sequence[R] | None, fn: Callable[[R], T], *, deliver: Deliver = ignore
+        self, raws: Sequence[R] | None, fn: Callable[[R], T], *, deliver: Deliver = ignore, lazy: bool = False
     ) -> list[T | Exception]:
-        """As `materialize`, for each request of a batch. `deliver` gets each result as soon as it is there."""
-        fn = self._counters.timed("materialize")(fn)
+        """As `materialize`, for each request of a batch. `deliver` gets each result as soon as it is there.
+
+        `lazy`: where this rank is to run `fn` on its own raw inputs, the result is `HERE` instead.
+        """
+        fn = cast("Callable[[R], T]", _put_off) if lazy else self._counters.timed("materialize")(fn)
         mine = list(raws) if raws is not None and self._policy.peers_hold_raw else None
         if mine is not None:
             self._counters.observe("batch", len(mine))
@@ -97,24 +105,21 @@ class Follower:
     def _receive(self) -> Sent:
         with self._counters.timed("header"):
             header = self._control.receive()
-        inline = objects = None
-        if header.route is HeaderRoute.INLINE:
+        inline = None
+        if header.route in (HeaderRoute.INLINE, HeaderRoute.PICKLE):
             inline = self._control.receive_tensor(header.length)
-        elif header.route is HeaderRoute.PICKLE:
-            if self._policy.route is not Route.PICKLE:
-                raise MaterializeError("the entry rank wants to send by pickle, which the policy of this rank does not")
-            objects = self._control.receive_object()
         if header.reason not in CHOICES:
             note(
                 self._counters, header.reason, f"the entry rank says: {header.text or 'no shared memory in this group'}"
             )
         leaves = header.length if header.route is HeaderRoute.SHM else 0
-        return Sent(header.route, header.reason, header.handle, inline, header.text, leaves=leaves, objects=objects)
+        return Sent(header.route, header.reason, header.handle, inline, header.text, leaves=leaves)
 
     def _resolve(self, sent: Sent, raw: R, fn: Callable[[R], T], leaves: Callable[[], Leaves | None]) -> _Taken:
         """What was sent, or what `fn` makes of this rank's own raw inputs."""
         if sent.route in (HeaderRoute.LOCAL, HeaderRoute.NONE):
-            self._counters.message("local", 0)
+            if fn is not _put_off:
+                self._counters.message("local", 0)
             return _Taken(fn(raw), 0)
         try:
             taken = self._take(sent, leaves() if sent.route is not HeaderRoute.RAW else None)
@@ -165,7 +170,10 @@ class Follower:
                 self._reader.discard(sent.handle)
                 raise
         elif sent.route is HeaderRoute.PICKLE:
-            taken = _Taken(self._take_pickled(sent, 1)[0].objects, 0)
+            each = sent if sent.objects else self._take_pickled(sent, 1)[0]
+            if not each.objects:
+                raise MaterializeError(f"fn raised on the entry rank: {each.text}")
+            taken = _Taken(each.objects[0][0], each.size)
         else:
             raise MaterializeError(f"the entry rank sent by {sent.route.name.lower()} what this rank cannot take")
         if count:
@@ -179,13 +187,17 @@ class Follower:
         return taken if sent.route is not HeaderRoute.RAW else _Taken(fn(cast("R", taken.obj)), taken.size)
 
     def _take_pickled(self, sent: Sent, count: int | None) -> list[Sent]:
-        if not isinstance(sent.objects, list) or count not in (None, len(sent.objects)):
-            raise LayoutError("what the entry rank sent by pickle is no batch of this size, or could not be pickled")
-        made = (each if isinstance(each, tuple) and len(each) == 2 else (None, "no result") for each in sent.objects)
+        """For each request of a batch by pickle what `_take` takes; loads it only where the policy says so."""
+        if self._policy.route is not Route.PICKLE or sent.inline is None:
+            raise MaterializeError("the entry rank sent by pickle, which the policy of this rank does not allow")
+        made = unpickled(sent.inline)
+        if count not in (None, len(made)):
+            raise LayoutError(f"a batch of {len(made)} requests came by pickle, not {count}")
+        size = sent.inline.numel() // max(1, len(made))
         return [
-            Sent(HeaderRoute.NONE, Reason.RAISED, text=str(text))
+            Sent(HeaderRoute.NONE, Reason.RAISED, text=text)
             if text
-            else Sent(HeaderRoute.PICKLE, objects=[(obj, "")])
+            else Sent(HeaderRoute.PICKLE, size=size, objects=((obj, ""),))
             for obj, text in made
         ]
 

@@ -51,6 +51,20 @@ class RingControl(Control):
                     raise NoHeader(Reason.MISSED, str(error)) from None
                 return header
             self._drop(header)
+            # It is not silent: the header of this call may be a whole batch away.
+            deadline = time.monotonic() + self.timeout
+
+    def ready(self, timeout: float) -> bool:
+        """Whether `receive` has something to say at once, after at most `timeout` seconds."""
+        end = time.monotonic() + timeout
+        try:
+            while self._early is None:
+                self._early = self._parsed(self._attempt(lambda: self._receive(max(0.0, end - time.monotonic()))))
+        except TimeoutError:
+            return False
+        except ControlBroken:
+            pass
+        return True
 
     def _drop(self, header: Header) -> None:
         """Give back what it speaks of, and whatever came before that and was not opened."""
@@ -68,6 +82,9 @@ class RingControl(Control):
         except TimeoutError:
             self._silent = True
             raise NoHeader(Reason.LATE, f"no header of rank {self.src} within {self.timeout:g} s") from None
+        return self._parsed(raw)
+
+    def _parsed(self, raw: bytes | None) -> Header | None:
         self._silent = False
         return None if raw is None else self._attempt(lambda: parse_header(raw, self.plane))
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shmcast.errors import ClosedError, UnknownRequest
 
@@ -36,17 +35,47 @@ class State(Enum):
     GONE = "gone"
 
 
-@dataclass(eq=False)
 class Request:
-    """One request. `result`: what `fn` made of it, or raised; `size`: bytes of shared memory that pins."""
+    """One request. `result`: what `fn` made of it, or raised; `size`: bytes of shared memory that pins.
 
-    key: Hashable
-    raw: Any
-    weight: Weight
-    state: State = State.PENDING
-    result: Any = None
-    size: int = 0
-    settled: threading.Event = field(default_factory=threading.Event)
+    `weight` is None for one that is `here` from the start. `helper`: what may settle it on the caller's thread.
+    """
+
+    __slots__ = ("_unsettled", "helper", "key", "raw", "result", "size", "state", "weight")
+
+    def __init__(self, key: Hashable, raw: Any, weight: Weight | None) -> None:
+        self.key = key
+        self.raw = raw
+        self.weight = weight
+        self.state = State.HERE if weight is None else State.PENDING
+        self.result: Any = None
+        self.size = 0
+        self.helper: Helper | None = None
+        # Held while the request is pending: a lock costs a tenth of an Event, and nothing else is asked of it.
+        self._unsettled = threading.Lock()
+        if weight is not None:
+            self._unsettled.acquire()
+
+    def announce(self) -> None:
+        """It is pending no more."""
+        if self._unsettled.locked():
+            self._unsettled.release()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Until it is pending no more, at most `timeout` seconds; whether it is."""
+        if self.state is State.PENDING:
+            # More than this lock can wait: as good as for ever.
+            if not self._unsettled.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+                return False
+            self._unsettled.release()
+        return True
+
+
+class Helper(Protocol):
+    """What can settle requests on the thread of one who waits for them."""
+
+    def help(self, request: Request, timeout: float) -> None:
+        """Do what there is to do within `timeout` seconds, until `request` is settled."""
 
 
 class Requests:
@@ -91,7 +120,7 @@ class Requests:
                 self._ready[request] = None
                 self._bytes += size
                 self._evict(dropped)
-                request.settled.set()
+                request.announce()
         self._drop(dropped)
 
     def leave(self, request: Request) -> None:
@@ -100,7 +129,7 @@ class Requests:
             if request.state is State.PENDING:
                 request.state = State.HERE
                 self._counted -= 1
-                request.settled.set()
+                request.announce()
 
     def find(self, key: Hashable) -> Request:
         """The oldest request of this key; raises `UnknownRequest`, which says what became of it."""
@@ -119,7 +148,7 @@ class Requests:
                 raise self._unknown(request.key)
             state, result = request.state, request.result
             self._remove(request, "taken")
-            return state, result
+        return state, result
 
     def abort(self, key: Hashable) -> bool:
         """Drop every request of this key; whether there was any. Whoever waits for one gets `UnknownRequest`."""
@@ -155,15 +184,16 @@ class Requests:
         queue.remove(request)
         if not queue:
             del self._by_key[request.key]
-        self._counted -= request.state in (State.PENDING, State.READY)
-        self._ready.pop(request, None)
-        self._bytes -= request.size
+        if request.state is not State.HERE:
+            self._counted -= 1
+            self._ready.pop(request, None)
+            self._bytes -= request.size
         request.state, request.result, request.size = State.GONE, None, 0
         self._gone.pop(request.key, None)
         self._gone[request.key] = became
         if len(self._gone) > REMEMBERED:
             del self._gone[next(iter(self._gone))]
-        request.settled.set()
+        request.announce()
 
     def _evict(self, dropped: list[Any]) -> None:
         """Oldest first, in the order in which they became ready."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from shmcast._codec import Leaves, nbytes_of
@@ -15,6 +17,8 @@ from shmcast.errors import LayoutError
 from shmcast.multimodal import is_hashed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from shmcast.metrics import Counters
 
 R = TypeVar("R")
@@ -23,13 +27,16 @@ T = TypeVar("T")
 Deliver = Callable[[int, object, int], None]
 """Gets the number of a request in its batch, its object or exception, and the bytes of shared memory it pins."""
 
+HERE: Final = object()
+"""In a result's place: whoever wants it runs `fn` on the raw inputs."""
+
 log = logging.getLogger("shmcast")
 
 
 class Sent(NamedTuple):
     """Route and content: a handle (`shm`, `raw`), a message as one uint8 tensor (`inline`), an error's text (`none`).
 
-    `objects`: what came by pickle: for each request what `fn` made, or the text of what it raised.
+    By pickle too: a tensor of bytes, and then `objects`, for each request what `fn` made or the text of what it raised.
     `leaves`: how many the raw inputs have that the message may refer to; 0 where it refers to none.
     """
 
@@ -40,7 +47,7 @@ class Sent(NamedTuple):
     text: str = ""
     size: int = 0
     leaves: int = 0
-    objects: object = None
+    objects: tuple[tuple[object, str], ...] = ()
 
     def header(self) -> Header:
         """What a collective carries of it."""
@@ -79,7 +86,7 @@ def _parse_entry(entry: Any) -> Sent:
         raise LayoutError(f"an entry in the index of a batch: {error}") from error
     if (sent.handle is not None) != (sent.route in WITH_HANDLE) or type(text) is not str or type(leaves) is not int:
         raise LayoutError(f"an entry in the index of a batch with route {sent.route.name} and handle {sent.handle}")
-    if (type(inline) is Tensor) != (sent.route is HeaderRoute.INLINE):
+    if (type(inline) is Tensor) != (sent.route is HeaderRoute.INLINE) or sent.route is HeaderRoute.PICKLE:
         raise LayoutError(
             f"an entry in the index of a batch with route {sent.route.name}, inline {type(inline).__name__}"
         )
@@ -88,6 +95,22 @@ def _parse_entry(entry: Any) -> Sent:
 
 def ignore(number: int, result: object, size: int) -> None:
     """A `Deliver` for those who wait for the whole batch."""
+
+
+def pickled(made: Iterable[tuple[object, str]]) -> Tensor:
+    """As `broadcast_object_list` would send it: each object, or the text of what was raised in its place."""
+    return torch.frombuffer(bytearray(pickle.dumps(tuple(made), protocol=pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
+
+
+def unpickled(tensor: Tensor) -> tuple[tuple[object, str], ...]:
+    """What is in a tensor of `pickled`, from a rank that may run code here; `LayoutError` for anything else."""
+    try:
+        made = pickle.loads(tensor.numpy().data)
+    except Exception as error:
+        raise LayoutError(f"what came by pickle cannot be loaded here: {describe(error)}") from error
+    if type(made) is tuple and all(type(e) is tuple and len(e) == 2 and type(e[1]) is str for e in made):
+        return made
+    raise LayoutError(f"what came by pickle is no batch: {type(made).__name__}")
 
 
 def attempt(fn: Callable[[R], T], raw: R) -> T | Exception:
@@ -106,13 +129,22 @@ def describe(error: BaseException) -> str:
         return type(error).__name__
 
 
-def weigh(raw: object) -> Weight:
-    """What a request weighs before `fn` runs; nothing, where its raw inputs cannot be walked."""
+def size_of(raw: object) -> int:
+    """Bytes of the tensors of raw inputs; none, where they cannot be walked."""
     try:
-        return Weight(nbytes_of(raw), is_hashed(raw))
+        return nbytes_of(raw)
     except Exception as error:
         log.debug("raw inputs that cannot be weighed: %s", describe(error))
-        return Weight(0, False)
+        return 0
+
+
+def weigh(raw: object, nbytes: int | None = None) -> Weight:
+    """What a request weighs before `fn` runs. `nbytes`: its `size_of`, where that is known."""
+    try:
+        hashed = is_hashed(raw)
+    except Exception:
+        hashed = False
+    return Weight(size_of(raw) if nbytes is None else nbytes, hashed)
 
 
 def walk(raw: object) -> Leaves | None:

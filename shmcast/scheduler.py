@@ -12,8 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from contextlib import suppress
-from datetime import timedelta
+import time
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakSet
@@ -21,11 +20,11 @@ from weakref import WeakSet
 import torch.distributed as dist
 
 from shmcast._control import GroupControl, cpu_group
-from shmcast._crew import Batch, Crew, Work
+from shmcast._crew import Batch, Crew, Work, run_fn
 from shmcast._joining import Settings, check_ring, patience
 from shmcast._requests import Request, Requests, State
 from shmcast._room import default_capacity
-from shmcast._sent import weigh
+from shmcast._sent import size_of, weigh
 from shmcast.errors import ClosedError, ShmcastError
 from shmcast.metrics import Counters, Stats, merge
 from shmcast.multimodal import MultimodalInputs
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = 300.0
 EXIT_PATIENCE = 5.0
+MONTH = 30 * 86400.0
 
 _backends: WeakSet[SchedulerBackend] = WeakSet()
 
@@ -53,18 +53,19 @@ class SchedulerBackend:
     tensors, arrays or long lists.
 
     Args:
-        group: a process group; default the default one. The constructor makes a gloo group of its own over its ranks
-            and never uses this one again. A group of one, or no torch.distributed: `fn` runs here, in a thread.
+        group: a process group; default the default one. Only the constructor uses it. A group of one, or no
+            torch.distributed: `fn` runs here, in a thread.
         fn: makes a request's inputs out of its raw inputs; deterministic, and can be run again on the same `raw`.
         src: the rank of the group that materializes, with `placement="entry"`.
         placement: `entry`: one rank materializes all. `spread`: the requests of a batch are materialized by different
             ranks, largest first onto the one that was given the fewest bytes so far; each maps what the others made.
-        control: `ring`: headers go through shared memory. `group`: through the backend's own group, by one thread.
+        control: `ring`: headers go through shared memory. `group`: through a gloo group that the constructor makes over
+            the same ranks, by one thread.
         capacity: the most bytes of shared memory of each rank that materializes; default `SHMCAST_CAPACITY`, else a
             quarter of what is free, at most 2 GiB, divided among them.
         isolation: as for `Reader`; may differ between ranks.
-        policy: how messages travel. Needs `peers_hold_raw`; `agree`, `inline` and `pickle` need `control="group"` and
-            `placement="entry"`. Of `inline_max` nothing is used where there is no group to carry it.
+        policy: how messages travel. Needs `peers_hold_raw`, and no `agree`: `fn` is run again on any rank. The routes
+            `inline` and `pickle`, and `inline_max`, need `control="group"` and `placement="entry"`.
         allow: classes, or names of packages, whose instances may travel; `shmcast.multimodal` always may.
         timeout: seconds that a rank waits for another one's header: more than the longest batch takes. After it `fn`
             runs here.
@@ -101,7 +102,6 @@ class SchedulerBackend:
         self._closed = False
         self._batches = 0
         self._timeout = patience(timeout, DEFAULT_TIMEOUT)
-        self._owned: ProcessGroup | None = None
         self._crew = Crew(self._counters)
         settings: Settings | Exception
         cpu = cpu_group(group)
@@ -115,11 +115,8 @@ class SchedulerBackend:
             if isinstance(settings, Exception):
                 raise settings
         else:
-            ranks = dist.get_process_group_ranks(cpu)
-            longest = timedelta(seconds=self._timeout)
-            self._owned = dist.new_group(ranks, longest, "gloo", use_local_synchronization=True)
             try:
-                self._crew.join(GroupControl(self._owned, self._timeout), settings, spread=placement == "spread")
+                self._crew.join(GroupControl(cpu, self._timeout), settings, spread=placement == "spread")
             except BaseException:
                 self._leave(0.0)
                 raise
@@ -142,15 +139,16 @@ class SchedulerBackend:
         A key that was submitted before and not taken queues behind itself. Raises `ValueError` for a key that is in the
         batch twice, `ClosedError`.
         """
-        requests = [Request(key, raw, weigh(raw)) for key, raw in batch]
-        if len({request.key for request in requests}) != len(requests):
-            raise ValueError("a key is in the batch twice")
         self._check_open()
-        small = sum(request.weight.nbytes for request in requests) < self._local_below
-        if small:
-            for request in requests:
-                request.state = State.HERE
-                request.settled.set()
+        pairs = list(batch)
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a key is in the batch twice")
+        sizes = [size_of(raw) for _, raw in pairs]
+        small = sum(sizes) < self._local_below
+        requests = [
+            Request(key, raw, None if small else weigh(raw, size))
+            for (key, raw), size in zip(pairs, sizes, strict=True)
+        ]
         with self._lock:
             self._requests.add(requests)
             if requests and not small:
@@ -166,14 +164,12 @@ class SchedulerBackend:
         if self._crew.is_current:
             raise ShmcastError("fn called take(): it would wait for itself")
         request = self._requests.find(key)
-        with self._counters.timed("take_wait"):
-            settled = request.settled.wait(timeout)
-        if not settled:
-            raise TimeoutError(f"request {key!r}: its inputs were not there within {timeout:g} s")
+        if request.state is State.PENDING:
+            with self._counters.timed("take_wait"):
+                self._wait(request, timeout)
         state, result = self._requests.take(request)
         if state is State.HERE:
-            self._counters.message("local", 0)
-            return self._counters.timed("materialize")(self._fn)(request.raw)
+            return self._run(request.raw)
         if isinstance(result, Exception):
             raise result
         return result
@@ -211,16 +207,28 @@ class SchedulerBackend:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _wait(self, request: Request, timeout: float | None) -> None:
+        """Until a request is settled: by this thread, if its header is about to come, else by another."""
+        end = time.monotonic() + (MONTH if timeout is None else timeout)
+        if request.helper is not None:
+            request.helper.help(request, end - time.monotonic())
+        if not request.wait(max(0.0, end - time.monotonic())):
+            raise TimeoutError(f"request {request.key!r}: its inputs were not there within {timeout:g} s")
+
+    def _run(self, raw: Any) -> Any:
+        self._counters.message("local", 0)
+        started = time.perf_counter()
+        try:
+            return run_fn(self._fn, raw)
+        finally:
+            self._counters.observe("materialize", time.perf_counter() - started)
+
     def _leave(self, wait: float) -> None:
         self._closed = True
         if hasattr(self, "_work"):
             self._work.ending = True
             self._requests.close()
         self._crew.close(wait)
-        if self._owned is not None:
-            owned, self._owned = self._owned, None
-            with suppress(Exception):
-                dist.destroy_process_group(owned)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -239,6 +247,8 @@ class SchedulerBackend:
         settings = settings.check(size)
         if not settings.policy.peers_hold_raw:
             raise ValueError("Policy(peers_hold_raw=False): a SchedulerBackend needs raw inputs on every rank")
+        if settings.policy.agree:
+            raise ValueError("Policy(agree=True): a SchedulerBackend runs fn again on any rank; use a Broadcaster")
         if self._placement == "spread":
             check_ring(settings.policy)
         return settings
@@ -250,17 +260,21 @@ class SchedulerBackend:
         if self._placement == "entry":
             shares[self._crew.src] = requests
         else:
-            for request in sorted(requests, key=lambda request: -request.weight.nbytes):
+            for request in sorted(requests, key=lambda request: -_nbytes(request)):
                 owner = self._loads.index(min(self._loads))
-                self._loads[owner] += max(1, request.weight.nbytes)
+                self._loads[owner] += max(1, _nbytes(request))
                 shares.setdefault(owner, []).append(request)
         return Batch(self._batches, _digest(self._batches, shares), shares)
+
+
+def _nbytes(request: Request) -> int:
+    return request.weight.nbytes if request.weight else 0
 
 
 def _digest(number: int, shares: dict[int, list[Request]]) -> int:
     """Of what all ranks must have handed in alike: keys that read the same everywhere, sizes, and who makes what."""
     told = [
-        (owner, request.weight.nbytes, request.key if isinstance(request.key, (str, int, bytes)) else None)
+        (owner, _nbytes(request), request.key if isinstance(request.key, (str, int, bytes)) else None)
         for owner, share in shares.items()
         for request in share
     ]

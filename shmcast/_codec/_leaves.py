@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -141,8 +141,23 @@ class Leaves:
 
 
 def nbytes_of(raw: object) -> int:
-    """Bytes of the tensors and arrays among the leaves of `raw`, from their shapes; cheaper than a walk to keep."""
-    return sum(map(_nbytes, _find(raw)))
+    """Bytes of the tensors and arrays among the leaves of `raw`, from their shapes; much cheaper than a walk."""
+    total = 0
+    seen: set[int] = set()
+    pending = [raw]
+    while pending:
+        value = pending.pop()
+        kind = type(value)
+        if kind in _ATOMS or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if kind is torch.Tensor or kind is np.ndarray:
+            total += _nbytes(value)
+        elif kind is dict:
+            pending.extend(cast("dict[Any, Any]", value).values())
+        elif not _is_leaf(value):
+            pending.extend(_inside(value) or ())
+    return total
 
 
 def _find(raw: object) -> Iterator[Any]:
