@@ -73,16 +73,17 @@ def post(writer: Writer, numbers: range) -> list[tuple[int, ...]]:
 
 
 def waiting(reader: Reader) -> threading.Event:
-    """Set once the reader looks whether its writer lives, which it does before each wait."""
+    """Set once the reader is about to sleep until a header comes."""
     event = threading.Event()
     headers = reader._leases.headers()
-    lives = headers._lives
+    take = headers._take
 
-    def look() -> bool:
-        event.set()
-        return lives()
+    def about_to(timeout: float, *, sure: bool) -> Any:
+        if not sure:
+            event.set()
+        return take(timeout, sure=sure)
 
-    headers._lives = look
+    headers._take = about_to  # type: ignore[method-assign]
     return event
 
 

@@ -103,7 +103,7 @@ def test_a_closed_writer_is_a_gone_one() -> None:
 # At any line.
 
 
-def at_line(function: Callable[[], Any], file: str, nth: int, act: Callable[[], None]) -> tuple[Any, bool]:
+def at_line(function: Callable[[], Any], file: str, nth: int, act: Callable[[], object]) -> tuple[Any, bool]:
     """What `function` returns or raises where `act` comes before its `nth` line in `file`; whether there was one."""
     left = [nth]
 
