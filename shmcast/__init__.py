@@ -19,17 +19,21 @@ from shmcast.errors import (
     PeerDied,
     ShmcastError,
     StaleHandle,
+    UnknownRequest,
 )
 
 if TYPE_CHECKING:
     from shmcast._wire import Handle
+    from shmcast.admission import Admission
     from shmcast.broadcaster import Broadcaster
     from shmcast.metrics import Stats
     from shmcast.multimodal import Modality, MultimodalDataItem, MultimodalInputs
     from shmcast.policy import Policy, Route
+    from shmcast.scheduler import SchedulerBackend
     from shmcast.transport import Reader, Writer
 
 __all__ = [
+    "Admission",
     "ArenaFull",
     "Broadcaster",
     "ClosedError",
@@ -45,13 +49,16 @@ __all__ = [
     "Policy",
     "Reader",
     "Route",
+    "SchedulerBackend",
     "ShmcastError",
     "StaleHandle",
     "Stats",
+    "UnknownRequest",
     "Writer",
 ]
 
 _HOMES = {
+    "Admission": "admission",
     "Broadcaster": "broadcaster",
     "Handle": "_wire",
     "Modality": "multimodal",
@@ -60,6 +67,7 @@ _HOMES = {
     "Policy": "policy",
     "Reader": "transport",
     "Route": "policy",
+    "SchedulerBackend": "scheduler",
     "Stats": "metrics",
     "Writer": "transport",
 }

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from abc import ABC, abstractmethod
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shmcast._codec import Allow
@@ -65,6 +65,19 @@ def run_fn(fn: Callable[[Any], Any], raw: Any) -> Any:
         raise MaterializeError(f"fn raised {describe(error)}") from error
 
 
+def _forget_frames(error: BaseException) -> None:
+    """The frames of an error hold its whole batch, in a cycle: the log keeps the traceback, the error does not."""
+    log.debug("fn raised", exc_info=error)
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        each = pending.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            pending += (each.__cause__, each.__context__)
+
+
 class Work:
     """What planes need of a rank: to run `fn`, and to say what came of requests."""
 
@@ -86,8 +99,7 @@ class Work:
             self._requests.leave(request)
             return
         if isinstance(result, Exception):
-            # Its frames hold the whole batch.
-            traceback.clear_frames(result.__traceback__)
+            _forget_frames(result)
         self._requests.settle(request, result, size)
 
     def leave(self, share: Sequence[Request]) -> None:
@@ -233,10 +245,11 @@ class Worker:
 
     def _serve(self) -> None:
         while (batch := self._batches.get()) is not None:
-            if batch.number > self._last:
-                self._last = batch.number
-                for plane in self._planes:
+            for plane in self._planes:
+                if batch.number > self._last:
                     take(plane, batch, self._work)
+                self._work.leave(plane.share(batch))
+            self._last = max(self._last, batch.number)
             # Nothing of it may stay while the thread waits for the next one.
             del batch
             with self._counting:
@@ -254,10 +267,12 @@ class Steward:
         self._plane = plane
         self._work = work
         self._batches: deque[Batch] = deque()
-        self._turn = threading.Lock()
-        self._rouse = threading.Semaphore(0)
+        # Of a thread: if Ctrl-C keeps one from giving it up, it can still take it again.
+        self._turn = threading.RLock()
+        self._rouse: SimpleQueue[None] = SimpleQueue()
         self._asleep = False
         self._ending = False
+        self._last = 0
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
@@ -267,14 +282,14 @@ class Steward:
         return threading.current_thread() is self._thread
 
     def put(self, batch: Batch) -> None:
-        """Expect a batch; one that it was given before is taken again, and then nothing comes of it."""
+        """Expect a batch; one that it was given before does nothing."""
         if self._plane.takes(batch):
             for request in self._plane.share(batch):
                 request.helper = self
             self._batches.append(batch)
             # The thread says that it sleeps, and then looks for batches; we do it the other way round.
             if self._asleep:
-                self._rouse.release()
+                self._rouse.put(None)
 
     def help(self, request: Request, timeout: float) -> None:
         """Take headers until `request` is settled, for at most `timeout` seconds and `DELAY`."""
@@ -283,16 +298,19 @@ class Steward:
         try:
             end = time.monotonic() + min(timeout, DELAY)
             while request.state is State.PENDING and self._batches:
-                if not self._plane.receive(self._batches[0], self._work, max(0.0, end - time.monotonic())):
-                    return
-                self._work.leave(self._plane.share(self._batches.popleft()))
+                batch = self._batches[0]
+                if batch.number > self._last:
+                    if not self._plane.receive(batch, self._work, max(0.0, end - time.monotonic())):
+                        return
+                    self._last = batch.number
+                self._finish(batch)
         finally:
             self._turn.release()
 
     def end(self) -> None:
         """No batch comes after those that were put."""
         self._ending = True
-        self._rouse.release()
+        self._rouse.put(None)
 
     def join(self, deadline: float) -> None:
         """Wait for the thread to end, until `deadline` of the monotonic clock."""
@@ -303,20 +321,28 @@ class Steward:
         while not self._ending:
             self._asleep = True
             if not self._batches:
-                self._rouse.acquire()
+                self._rouse.get()
             self._asleep = False
             self._look_in()
 
     def _look_in(self) -> None:
         """Take over a batch that was expected a `DELAY` ago already."""
-        first = self._batches[0].number if self._batches else None
-        self._rouse.acquire(timeout=DELAY)
+        first = self._batches[0] if self._batches else None
+        with suppress(Empty):
+            self._rouse.get(timeout=DELAY)
         if first is None or self._ending:
             return
         with self._turn:
-            if self._batches and self._batches[0].number == first:
-                take(self._plane, self._batches[0], self._work)
-                self._batches.popleft()
+            if self._batches and self._batches[0] is first:
+                if first.number > self._last:
+                    take(self._plane, first, self._work)
+                    self._last = first.number
+                self._finish(first)
+
+    def _finish(self, batch: Batch) -> None:
+        self._work.leave(self._plane.share(batch))
+        if self._batches and self._batches[0] is batch:
+            self._batches.popleft()
 
 
 def take(plane: Plane, batch: Batch, work: Work) -> None:
@@ -327,7 +353,6 @@ def take(plane: Plane, batch: Batch, work: Work) -> None:
     except BaseException:
         if not work.ending:
             log.exception("a batch failed in a thread of the SchedulerBackend: its requests run fn when taken")
-    work.leave(plane.share(batch))
 
 
 class Crew:

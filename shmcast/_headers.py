@@ -7,6 +7,7 @@ whole ring behind is skipped; what it missed it sees by the number in the slot.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import posix_ipc
 
 from shmcast._layout import SLOT, Slot, pack_slot, parse_slot
+from shmcast._peers import WRITER_BYTE, is_taken
 from shmcast.errors import ClosedError, PeerDied
 
 if TYPE_CHECKING:
@@ -112,21 +114,13 @@ class HeaderWriter:
 
 
 class HeaderReader:
-    """A reader's end. `read(offset, length)` copies bytes out of the control segment; `lives`: the writer does."""
+    """A reader's end. `fd`: of the control segment, its own; it is closed with this."""
 
-    def __init__(
-        self,
-        read: Callable[[int, int], bytes],
-        base: int,
-        slots: int,
-        ready: posix_ipc.Semaphore,
-        lives: Callable[[], bool],
-    ) -> None:
-        self._read = read
+    def __init__(self, fd: int, base: int, slots: int, ready: posix_ipc.Semaphore) -> None:
+        self._fd = fd
         self._base = base
         self._slots = slots
         self._ready: posix_ipc.Semaphore | None = ready
-        self._lives = lives
         # Taken again by a signal handler that closes this end in the middle of `receive`.
         self._lock = threading.RLock()
         self._number = 0
@@ -154,14 +148,15 @@ class HeaderReader:
                 ready.release()
             with self._lock:
                 if self._ready is not None:
-                    self._ready.close()
                     self._ready = None
+                    ready.close()
+                    os.close(self._fd)
 
     def _wait(self, deadline: float) -> Slot:
         slot = self._spin() if self._brief else None
         while slot is None:
             # Asked before the wait: what a writer posted before it died is still taken.
-            lives = self._lives()
+            lives = self._writer_lives()
             left = deadline - time.monotonic()
             slot = self._take(max(0.0, min(SLICE, left)) if lives else 0.0, sure=False)
             if slot is None and not lives:
@@ -185,12 +180,26 @@ class HeaderReader:
         the token and its use has taken the token with it. A token too many finds an old slot, and nothing is lost.
         """
         with self._lock:
-            if self._closed or self._ready is None:
-                raise ClosedError("this reader was closed")
+            ready = self._open()
             try:
-                self._ready.acquire(timeout)
+                ready.acquire(timeout)
             except (posix_ipc.BusyError, posix_ipc.SignalError):
                 if sure:
                     return None
-            slot = parse_slot(self._read(self._base + self._number % self._slots * SLOT.size, SLOT.size))
+            except (posix_ipc.Error, ValueError):
+                self._open()  # a signal handler has closed it in between
+                raise
+            self._open()
+            slot = parse_slot(os.pread(self._fd, SLOT.size, self._base + self._number % self._slots * SLOT.size))
             return slot if slot is not None and slot.number >= self._number else None
+
+    def _writer_lives(self) -> bool:
+        with self._lock:
+            self._open()
+            return is_taken(self._fd, WRITER_BYTE)
+
+    def _open(self) -> posix_ipc.Semaphore:
+        ready = self._ready
+        if self._closed or ready is None:
+            raise ClosedError("this reader was closed")
+        return ready

@@ -432,12 +432,11 @@ class Leases:
         return seat
 
     def _join_headers(self) -> HeaderReader:
-        header, fd = self._ring.header, self._ring.fd
+        header = self._ring.header
         ready = _open_semaphore(self._address.ready(self.index))
-        base = slots_offset(header.readers, header.entries)
-        return HeaderReader(
-            lambda offset, length: os.pread(fd, length, offset), base, header.slots, ready, self.writer_lives
-        )
+        # A descriptor of its own: another thread may be in `receive` while this reader is dismantled.
+        fd = os.dup(self._ring.fd)
+        return HeaderReader(fd, slots_offset(header.readers, header.entries), header.slots, ready)
 
     def _map_new(self, *, first: bool = False) -> None:
         """Map the segments that the writer has made since, and tell it; the first ones must succeed."""

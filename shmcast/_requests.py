@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,7 +42,7 @@ class Request:
     `weight` is None for one that is `here` from the start. `helper`: what may settle it on the caller's thread.
     """
 
-    __slots__ = ("_unsettled", "helper", "key", "raw", "result", "size", "state", "weight")
+    __slots__ = ("_unsettled", "helper", "key", "listed", "raw", "result", "size", "state", "weight")
 
     def __init__(self, key: Hashable, raw: Any, weight: Weight | None) -> None:
         self.key = key
@@ -51,6 +52,7 @@ class Request:
         self.result: Any = None
         self.size = 0
         self.helper: Helper | None = None
+        self.listed = False
         # Held while the request is pending: a lock costs a tenth of an Event, and nothing else is asked of it.
         self._unsettled = threading.Lock()
         if weight is not None:
@@ -58,17 +60,15 @@ class Request:
 
     def announce(self) -> None:
         """It is pending no more."""
-        if self._unsettled.locked():
+        with suppress(RuntimeError):
             self._unsettled.release()
 
-    def wait(self, timeout: float | None) -> bool:
+    def wait(self, timeout: float) -> bool:
         """Until it is pending no more, at most `timeout` seconds; whether it is."""
-        if self.state is State.PENDING:
-            # More than this lock can wait: as good as for ever.
-            if not self._unsettled.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
-                return False
-            self._unsettled.release()
-        return True
+        if self.state is State.PENDING and self._unsettled.acquire(timeout=timeout):
+            # For others that wait; `announce` may come in between.
+            self.announce()
+        return self.state is not State.PENDING
 
 
 class Helper(Protocol):
@@ -101,11 +101,14 @@ class Requests:
         self._closed = False
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Take these on. A key that is there already queues behind itself: refusing it would be one rank's decision."""
+        """Take these on, each once. A key that is there already queues: refusing it would be one rank's decision."""
         dropped: list[Any] = []
         with self._lock:
             self._check_open()
             for request in requests:
+                if request.listed:
+                    continue
+                request.listed = True
                 self._by_key.setdefault(request.key, deque()).append(request)
                 self._counted += request.state is State.PENDING
             self._evict(dropped)

@@ -19,7 +19,7 @@ class Turn:
         if self._inside:
             self._lock.release()
             raise Reentered(
-                "a signal handler or finalizer called a writer in the middle of another call: call it later"
+                "a signal handler or finalizer called in the middle of another call: call it later"
             )
         self._inside = True
 

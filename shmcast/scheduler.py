@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import threading
 import time
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +24,7 @@ from shmcast._joining import Settings, check_ring, patience
 from shmcast._requests import Request, Requests, State
 from shmcast._room import default_capacity
 from shmcast._sent import size_of, weigh
+from shmcast._turn import Turn
 from shmcast.errors import ClosedError, ShmcastError
 from shmcast.metrics import Counters, Stats, merge
 from shmcast.multimodal import MultimodalInputs
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT = 300.0
 EXIT_PATIENCE = 5.0
 MONTH = 30 * 86400.0
+SLICE = 0.5
 
 _backends: WeakSet[SchedulerBackend] = WeakSet()
 
@@ -97,8 +98,7 @@ class SchedulerBackend:
         self._fn = fn
         self._placement = placement
         self._counters = Counters()
-        # Taken again by a signal handler in the middle of `submit`.
-        self._lock = threading.RLock()
+        self._turn = Turn()
         self._closed = False
         self._batches = 0
         self._timeout = patience(timeout, DEFAULT_TIMEOUT)
@@ -149,10 +149,17 @@ class SchedulerBackend:
             Request(key, raw, None if small else weigh(raw, size))
             for (key, raw), size in zip(pairs, sizes, strict=True)
         ]
-        with self._lock:
-            self._requests.add(requests)
-            if requests and not small:
-                self._crew.put(self._plan(requests))
+        with self._turn:
+            if small or not requests:
+                self._requests.add(requests)
+                return
+            made, loads = self._plan(requests)
+            try:
+                self._hand_in(made, loads, requests)
+            except BaseException:
+                # Ctrl-C in the middle: the other ranks have this batch, and wait for this one's share.
+                self._hand_in(made, loads, requests)
+                raise
 
     def take(self, key: Hashable, timeout: float | None = None) -> Any:
         """The inputs of one request, which is gone then; waits for that request only.
@@ -171,7 +178,11 @@ class SchedulerBackend:
         if state is State.HERE:
             return self._run(request.raw)
         if isinstance(result, Exception):
-            raise result
+            try:
+                raise result
+            finally:
+                # No cycle of the error and this frame, in which the raw inputs would stay.
+                del result, request
         return result
 
     def abort(self, key: Hashable) -> bool:
@@ -210,10 +221,12 @@ class SchedulerBackend:
     def _wait(self, request: Request, timeout: float | None) -> None:
         """Until a request is settled: by this thread, if its header is about to come, else by another."""
         end = time.monotonic() + (MONTH if timeout is None else timeout)
-        if request.helper is not None:
-            request.helper.help(request, end - time.monotonic())
-        if not request.wait(max(0.0, end - time.monotonic())):
-            raise TimeoutError(f"request {request.key!r}: its inputs were not there within {timeout:g} s")
+        while request.state is State.PENDING:
+            if request.helper is not None:
+                request.helper.help(request, end - time.monotonic())
+            left = end - time.monotonic()
+            if not request.wait(max(0.0, min(left, SLICE))) and left <= 0:
+                raise TimeoutError(f"request {request.key!r}: its inputs were not there within {timeout:g} s")
 
     def _run(self, raw: Any) -> Any:
         self._counters.message("local", 0)
@@ -253,18 +266,24 @@ class SchedulerBackend:
             check_ring(settings.policy)
         return settings
 
-    def _plan(self, requests: list[Request]) -> Batch:
-        """Number the batch and give out its requests: from order and shapes alone, so alike on all ranks."""
-        self._batches += 1
+    def _plan(self, requests: list[Request]) -> tuple[Batch, list[int]]:
+        """The batch, and what each rank was given then: from order and shapes alone, so alike on all ranks."""
+        number, loads = self._batches + 1, list(self._loads)
         shares: dict[int, list[Request]] = {}
         if self._placement == "entry":
             shares[self._crew.src] = requests
         else:
             for request in sorted(requests, key=lambda request: -_nbytes(request)):
-                owner = self._loads.index(min(self._loads))
-                self._loads[owner] += max(1, _nbytes(request))
+                owner = loads.index(min(loads))
+                loads[owner] += max(1, _nbytes(request))
                 shares.setdefault(owner, []).append(request)
-        return Batch(self._batches, _digest(self._batches, shares), shares)
+        return Batch(number, _digest(number, shares), shares), loads
+
+    def _hand_in(self, batch: Batch, loads: list[int], requests: list[Request]) -> None:
+        """Can be done again where it was interrupted."""
+        self._batches, self._loads = batch.number, loads
+        self._requests.add(requests)
+        self._crew.put(batch)
 
 
 def _nbytes(request: Request) -> int:
