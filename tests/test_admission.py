@@ -122,6 +122,12 @@ def until_done(admission: Admission, *keys: object) -> None:
     until(lambda: all(states(admission)[key] == "DONE" for key in keys), f"{keys} are done")
 
 
+def until_waiting(admission: Admission, threads: int) -> None:
+    """A worker without work waits as well."""
+    waiting: Any = admission._changed
+    until(lambda: len(waiting._waiters) == threads, f"{threads} threads wait")
+
+
 def kinds(ready: list[tuple[Any, Any]]) -> list[tuple[object, str]]:
     """What came out, each as its key and the name of its outcome's class."""
     return [(key, type(outcome).__name__) for key, outcome in ready]
@@ -333,12 +339,13 @@ def test_a_key_held_again_while_its_aborted_run_still_goes_on(admission: Admissi
 
 def test_ready_waits_for_at_least_one(admission: Admission, gate: Gate) -> None:
     admission.hold("a", image("a"))
-    waiting = threading.Thread(target=lambda: came.extend(admission.ready(DEADLINE_SECONDS)))
+    gate.until_running("a")
+    waiting = threading.Thread(target=lambda: came.extend(admission.ready(float("inf"))))
     came: list[tuple[Any, Any]] = []
     waiting.start()
-    until(lambda: bool(admission._changed._waiters), "it waits")  # type: ignore[attr-defined]
+    until_waiting(admission, 2)
     gate.end("a")
-    waiting.join()
+    waiting.join(DEADLINE_SECONDS)
     assert kinds(came) == [("a", "Handle")]
 
 
@@ -713,15 +720,16 @@ def test_after_an_abort_the_session_goes_on(writer: Writer, state: str) -> None:
             assert admission.ready() == [("b", None)]
 
 
-def test_an_abort_wakes_a_ready_that_waits(admission: Admission) -> None:
+def test_an_abort_wakes_a_ready_that_waits(admission: Admission, gate: Gate) -> None:
     admission.hold("a", image("a"), session="s")
+    gate.until_running("a")
     admission.hold("b", None, session="s")
     came: list[tuple[Any, Any]] = []
-    waiting = threading.Thread(target=lambda: came.extend(admission.ready(DEADLINE_SECONDS)))
+    waiting = threading.Thread(target=lambda: came.extend(admission.ready(float("inf"))))
     waiting.start()
-    until(lambda: bool(admission._changed._waiters), "it waits")  # type: ignore[attr-defined]
+    until_waiting(admission, 2)
     admission.abort("a")
-    waiting.join()
+    waiting.join(DEADLINE_SECONDS)
     assert came == [("b", None)]
 
 
@@ -773,9 +781,24 @@ def test_close_wakes_a_ready_that_waits(writer: Writer) -> None:
     came: list[object] = []
     waiting = threading.Thread(target=lambda: came.append(admission.ready(float("inf"))))
     waiting.start()
-    until(lambda: len(admission._changed._waiters) == 3, "it waits, as the workers do")  # type: ignore[attr-defined]
+    until_waiting(admission, 3)
     admission.close()
     waiting.join()
+    assert came == [[]]
+
+
+def test_a_ready_that_finds_it_closed_when_it_wakes_takes_nothing(writer: Writer) -> None:
+    """`close` withdraws what is held then: nobody may have it as well."""
+    admission = Admission(writer, double)
+    came: list[object] = []
+    waiting = threading.Thread(target=lambda: came.append(admission.ready(DEADLINE_SECONDS)))
+    waiting.start()
+    until_waiting(admission, 3)
+    with admission._lock:
+        admission.hold("a", None)
+        admission._closed = True  # what close does first; the rest takes other threads
+    waiting.join()
+    admission.close()
     assert came == [[]]
 
 
@@ -809,7 +832,52 @@ def test_two_threads_may_close_at_once(writer: Writer) -> None:
     settled(writer)
 
 
+def test_what_ends_while_it_closes_is_not_published(writer: Writer) -> None:
+    """`close` may have been at that request already."""
+    with Gate() as gate:
+        admission = Admission(writer, gate, workers=1)
+        admission.hold("a", image("a"))
+        gate.until_running("a")
+        with admission._lock:
+            admission._closed = True  # what close does first
+        gate.end("a")
+        for thread in admission._threads:
+            thread.join()
+        assert writer.stats().live_blocks == 0
+    admission.close()
+
+
 # What is kept alive, and for how long.
+
+
+def test_after_close_nothing_is_kept(writer: Writer) -> None:
+    with Gate() as gate:
+        admission = Admission(writer, gate, workers=1)
+        raws = [image(key) for key in "abc"]
+        watched = [weakref.ref(raw["pixels"]) for raw in raws]
+        for raw in raws:
+            admission.hold(raw["key"], raw)
+        gate.until_running("a")
+        gate.end("a")
+        until_done(admission, "a")
+        gate.until_running("b")
+        closing = threading.Thread(target=admission.close)
+        closing.start()
+        until(lambda: admission._closed, "it closes")
+    closing.join()
+    del raws, raw
+    assert [ref() for ref in watched] == [None] * 3
+    settled(writer)
+
+
+def test_what_is_done_keeps_no_raw_inputs(writer: Writer) -> None:
+    with Admission(writer, lambda raw: torch.ones(BIG)) as admission:
+        raw = image("a")
+        watched = weakref.ref(raw["pixels"])
+        admission.hold("a", raw)
+        del raw
+        until_done(admission, "a")
+        until(lambda: watched() is None, "they are gone")
 
 
 def test_a_worker_that_waits_keeps_nothing_alive(admission: Admission, gate: Gate, writer: Writer) -> None:
@@ -993,7 +1061,7 @@ def test_ctrl_c_while_ready_waits(admission: Admission, gate: Gate) -> None:
     assert main is not None
 
     def press() -> None:
-        until(lambda: len(admission._changed._waiters) == 2, "it waits, as one worker does")  # type: ignore[attr-defined]
+        until_waiting(admission, 2)
         signal.pthread_kill(main, signal.SIGINT)
 
     pressing = threading.Thread(target=press)
