@@ -159,13 +159,21 @@ def private_group(group: ProcessGroup, name: str, timeout: float) -> ProcessGrou
 
 
 class GroupControl(Control):
-    """A plane over a CPU group."""
+    """A plane over a CPU group. `owns`: nobody else has the group, so that it is closed where the plane ends."""
 
     carries_tensors = True
 
-    def __init__(self, group: ProcessGroup, timeout: float) -> None:
+    def __init__(self, group: ProcessGroup, timeout: float, *, owns: bool = False) -> None:
         super().__init__(group.rank(), group.size(), timeout)
-        self.group = group
+        self._group: ProcessGroup | None = group
+        self._owns = owns
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The group; `ControlBroken` once it was closed."""
+        if self._group is None:
+            raise ControlBroken(f"an earlier collective failed: {self._broken}")
+        return self._group
 
     def exchange(self, record: bytes) -> list[bytes]:
         """Every rank's record, by rank; each at most `RECORD_BYTES` long, zero padded."""
@@ -224,12 +232,16 @@ class GroupControl(Control):
     def _finish(self, start: Callable[[], Work | None]) -> None:
         if self._broken is not None:
             raise ControlBroken(f"an earlier collective failed: {self._broken}") from self._broken
+        work: Work | None = None
         try:
             work = start()
             if work is not None:
                 work.wait(timedelta(seconds=self.timeout))
         except BaseException as error:
             self._broken = error
+            if self._owns:
+                # Ranks that wait for this one hear of it: gloo ends a collective where a socket closes.
+                self._group = work = None
             if isinstance(error, Exception):
                 raise ControlBroken(str(error)) from error
             raise

@@ -480,7 +480,8 @@ class Crew:
             ends.insert(0, (control.rank, self.writer))
         if settings.control == "group":
             # Only the thread that takes batches uses it, and never the group that was given.
-            control = GroupControl(private_group(control.group, f"{plane:x}", settings.timeout), settings.timeout)
+            own = private_group(control.group, f"{plane:x}", settings.timeout)
+            control = GroupControl(own, settings.timeout, owns=True)
         gathered = Gathered(control) if spread and settings.control == "group" else None
         planes: list[Plane] = []
         for src, end in ends:

@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from enum import Enum
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
+from shmcast._turn import Reentered
 from shmcast.errors import ClosedError, UnknownRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Hashable, Iterable, Iterator
 
     from shmcast._costs import Weight
 
 REMEMBERED = 1000
+
+_ALL = object()
 
 
 class State(Enum):
@@ -91,19 +95,23 @@ class Requests:
         self._most = most
         self._most_bytes = most_bytes
         self._evicted = evicted
-        # Taken again by a signal handler, and by finalizers of what is dropped; never held while anything is dropped.
+        # A signal handler or a finalizer may call in the middle of another call of its own thread: what it wants done
+        # is noted, and done when that call is over.
         self._lock = threading.RLock()
+        self._noted: SimpleQueue[Hashable] = SimpleQueue()
         self._by_key: dict[Hashable, deque[Request]] = {}
         self._ready: dict[Request, None] = {}
         self._gone: dict[Hashable, str] = {}
         self._counted = 0
         self._bytes = 0
         self._closed = False
+        self._inside = False
+        self._dropped: list[Any] = []
+        self._untold = 0
 
     def add(self, requests: Iterable[Request]) -> None:
         """Take these on, each once. A key that is there already queues: refusing it would be one rank's decision."""
-        dropped: list[Any] = []
-        with self._lock:
+        with self._alone():
             self._check_open()
             for request in requests:
                 if request.listed:
@@ -111,24 +119,21 @@ class Requests:
                 request.listed = True
                 self._by_key.setdefault(request.key, deque()).append(request)
                 self._counted += request.state is State.PENDING
-            self._evict(dropped)
-        self._drop(dropped)
+            self._evict()
 
     def settle(self, request: Request, result: object, size: int) -> None:
         """The result of a pending request is there; it is dropped where nobody waits for it any more."""
-        dropped: list[Any] = []
-        with self._lock:
+        with self._alone():
             if request.state is State.PENDING:
                 request.state, request.result, request.size = State.READY, result, size
                 self._ready[request] = None
                 self._bytes += size
-                self._evict(dropped)
+                self._evict()
                 request.announce()
-        self._drop(dropped)
 
     def leave(self, request: Request) -> None:
         """No result will come: `take` runs `fn`."""
-        with self._lock:
+        with self._alone():
             if request.state is State.PENDING:
                 request.state = State.HERE
                 self._counted -= 1
@@ -136,7 +141,7 @@ class Requests:
 
     def find(self, key: Hashable) -> Request:
         """The oldest request of this key; raises `UnknownRequest`, which says what became of it."""
-        with self._lock:
+        with self._alone():
             self._check_open()
             found = self._by_key.get(key)
             if not found:
@@ -145,7 +150,7 @@ class Requests:
 
     def take(self, request: Request) -> tuple[State, Any]:
         """Let a settled request go: its state and result. Raises `UnknownRequest` where another thread was first."""
-        with self._lock:
+        with self._alone():
             self._check_open()
             if request.state is State.GONE:
                 raise self._unknown(request.key)
@@ -155,28 +160,53 @@ class Requests:
 
     def abort(self, key: Hashable) -> bool:
         """Drop every request of this key; whether there was any. Whoever waits for one gets `UnknownRequest`."""
-        with self._lock:
-            found = list(self._by_key.get(key, ()))
-            results = [request.result for request in found]
-            for request in found:
-                self._remove(request, "aborted")
-        del results
-        return bool(found)
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            self._noted.put(key)
+            return key in self._by_key
+        with self._alone():
+            return self._abort(key)
 
     def close(self) -> None:
         """Drop all; whoever waits gets `ClosedError`."""
-        with self._lock:
-            self._closed = True
-            found = [request for queue in self._by_key.values() for request in queue]
-            results = [request.result for request in found]
-            for request in found:
-                self._remove(request, "dropped")
-        del results
+        self._closed = True
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            self._noted.put(_ALL)
+            return
+        with self._alone():
+            self._abort(_ALL)
+
+    def _abort(self, key: Hashable) -> bool:
+        queues = list(self._by_key.values()) if key is _ALL else [self._by_key.get(key, ())]
+        found = [request for queue in queues for request in queue]
+        self._dropped += [request.result for request in found]
+        for request in found:
+            self._remove(request, "aborted")
+        return bool(found)
 
     def counts(self) -> tuple[int, int]:
         """How many requests were not taken, evicted ones too, and the bytes of shared memory that they pin."""
         with self._lock:
             return sum(map(len, self._by_key.values())), self._bytes
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time; then what came meanwhile, and then, without a lock, results are dropped."""
+        with self._lock:
+            if self._inside:
+                raise Reentered("a signal handler or finalizer called in the middle of another call: call it later")
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
+                with suppress(Empty):
+                    while True:
+                        self._abort(self._noted.get_nowait())
+            dropped, self._dropped = self._dropped, []
+            untold, self._untold = self._untold, 0
+        dropped.clear()
+        for _ in range(untold):
+            self._evicted()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -198,21 +228,16 @@ class Requests:
             del self._gone[next(iter(self._gone))]
         request.announce()
 
-    def _evict(self, dropped: list[Any]) -> None:
+    def _evict(self) -> None:
         """Oldest first, in the order in which they became ready."""
         while self._ready and (self._counted > self._most or self._bytes > self._most_bytes):
             request = next(iter(self._ready))
             del self._ready[request]
-            dropped.append(request.result)
+            self._dropped.append(request.result)
             self._counted -= 1
             self._bytes -= request.size
             request.state, request.result, request.size = State.HERE, None, 0
-
-    def _drop(self, dropped: list[Any]) -> None:
-        """Outside the lock: what is dropped may have finalizers that call back."""
-        for _ in dropped:
-            self._evicted()
-        dropped.clear()
+            self._untold += 1
 
     def _unknown(self, key: Hashable) -> UnknownRequest:
         became = self._gone.get(key)

@@ -18,9 +18,7 @@ class Turn:
         self._lock.acquire()
         if self._inside:
             self._lock.release()
-            raise Reentered(
-                "a signal handler or finalizer called in the middle of another call: call it later"
-            )
+            raise Reentered("a signal handler or finalizer called in the middle of another call: call it later")
         self._inside = True
 
     def __exit__(self, *exc: object) -> None:

@@ -321,7 +321,8 @@ CALLS: dict[str, Callable[[Requests, Request, Request], object]] = {
 }
 HANDLERS: dict[str, Callable[[Requests], object]] = {
     "counts": lambda requests: requests.counts(),
-    "add": lambda requests: add(requests, "e"),
+    "abort": lambda requests: requests.abort("b"),
+    "close": lambda requests: requests.close(),
 }
 
 
