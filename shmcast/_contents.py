@@ -78,18 +78,20 @@ class Contents:
                     continue
                 keys.add(key)
                 block = self._arena.find(key)
-                self._counters.cache(block is not None, piece.source.numel())
                 if block is not None:
                     claimed.append(block)
-                    if not self._holds(block, piece):
-                        self._arena.keep(key, None)
-                        continue
-                else:
+                hit = block is not None and self._holds(block, piece)
+                self._counters.cache(hit, piece.source.numel())
+                if block is None:
                     block = self._reserve(BLOCK.size + piece.lead + piece.source.numel())
                     if block is None:
                         continue
                     claimed.append(block)
                     cached.fresh.append(Fresh(key, block, piece))
+                elif not hit:
+                    # One of the two is not what its digest says, and nobody knows which: neither is used.
+                    self._arena.keep(key, None)
+                    continue
                 cached.found[number] = Found(block, BLOCK.size + piece.lead)
             yield cached
         finally:
