@@ -146,31 +146,18 @@ class Control(ABC):
         return bytes(header._replace(sequence=self._calls, call=self._call, plane=self.plane, batch=self._batch))
 
 
-def private_group(group: ProcessGroup, name: str, timeout: float) -> ProcessGroup:
-    """A gloo group of our own over the ranks of `group`, closed when it is dropped: the others hear of it then.
-
-    Not `new_group`: its name, where not the whole world takes part, is made of how many groups this process has, so
-    that it comes again after one was destroyed, and differs between ranks that are in other groups too. Collective;
-    `name` is the same on every rank, and never used twice.
-    """
-    store = PrefixStore(f"shmcast/{name}", dist.distributed_c10d._get_default_store())
-    made = dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=timeout))
-    return cast("ProcessGroup", made)
-
-
 class GroupControl(Control):
-    """A plane over a CPU group. `owns`: nobody else has the group, so that it is closed where the plane ends."""
+    """A plane over a CPU group."""
 
     carries_tensors = True
 
-    def __init__(self, group: ProcessGroup, timeout: float, *, owns: bool = False) -> None:
+    def __init__(self, group: ProcessGroup, timeout: float) -> None:
         super().__init__(group.rank(), group.size(), timeout)
         self._group: ProcessGroup | None = group
-        self._owns = owns
 
     @property
     def group(self) -> ProcessGroup:
-        """The group; `ControlBroken` once it was closed."""
+        """The group; `ControlBroken` where it was closed."""
         if self._group is None:
             raise ControlBroken(f"an earlier collective failed: {self._broken}")
         return self._group
@@ -179,15 +166,8 @@ class GroupControl(Control):
         """Every rank's record, by rank; each at most `RECORD_BYTES` long, zero padded."""
         mine = _tensor(record[:RECORD_BYTES].ljust(RECORD_BYTES, b"\0"))
         all_of_them = [torch.empty(RECORD_BYTES, dtype=torch.uint8) for _ in range(self.size)]
-        self._finish(lambda: self.group.allgather([all_of_them], [mine]))
+        self._finish(lambda: self._start_gather(all_of_them, mine))
         return [_bytes(tensor).rstrip(b"\0") for tensor in all_of_them]
-
-    def gather(self, header: bytes) -> list[bytes]:
-        """Every rank's header of this call, by rank, in one collective."""
-        all_of_them = torch.empty(self.size * HEADER.size, dtype=torch.uint8)
-        parts = [all_of_them[i * HEADER.size : (i + 1) * HEADER.size] for i in range(self.size)]
-        self._finish(lambda: self.group.allgather([parts], [_tensor(header)]))
-        return [_bytes(part) for part in parts]
 
     def send(self, header: Header) -> None:
         self._broadcast(_tensor(self.numbered(header)))
@@ -219,15 +199,22 @@ class GroupControl(Control):
 
     def any(self, failed: bool) -> bool:
         word = torch.tensor([failed], dtype=torch.int32)
-        options = dist.AllreduceOptions()
-        options.reduceOp = cast("dist.ReduceOp", dist.ReduceOp.MAX)
-        self._finish(lambda: self.group.allreduce([word], options))
+        self._finish(lambda: dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.group, async_op=True))
         return bool(word.item())
 
     def _broadcast(self, tensor: Tensor) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank = self.src
-        self._finish(lambda: self.group.broadcast([tensor], options))
+        self._finish(lambda: self._start_broadcast(tensor))
+
+    def _start_broadcast(self, tensor: Tensor) -> Work | None:
+        work: Work | None = dist.broadcast(tensor, group=self.group, group_src=self.src, async_op=True)
+        return work
+
+    def _start_gather(self, parts: list[Tensor], mine: Tensor) -> Work | None:
+        work: Work | None = dist.all_gather(parts, mine, group=self.group, async_op=True)
+        return work
+
+    def _leave(self) -> None:
+        """The plane is over."""
 
     def _finish(self, start: Callable[[], Work | None]) -> None:
         if self._broken is not None:
@@ -239,12 +226,46 @@ class GroupControl(Control):
                 work.wait(timedelta(seconds=self.timeout))
         except BaseException as error:
             self._broken = error
-            if self._owns:
-                # Ranks that wait for this one hear of it: gloo ends a collective where a socket closes.
-                self._group = work = None
+            work = None
+            self._leave()
             if isinstance(error, Exception):
                 raise ControlBroken(str(error)) from error
             raise
+
+
+class PrivateControl(GroupControl):
+    """A plane over a gloo group of its own, over the ranks of `group`, that is closed where the plane ends: gloo ends a
+    collective only where a socket closes, and so ranks that wait for this one hear of it. Collective.
+
+    Not from `new_group`: its name, where not the whole world takes part, is made of how many groups this process has,
+    so that it comes again after one was destroyed, and differs between ranks that are in other groups too. `name`: the
+    same on every rank, and never used twice.
+    """
+
+    def __init__(self, group: ProcessGroup, name: str, timeout: float) -> None:
+        store = PrefixStore(f"shmcast/{name}", dist.distributed_c10d._get_default_store())
+        own = dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=timeout))
+        super().__init__(cast("ProcessGroup", own), timeout)
+
+    def gather(self, header: bytes) -> list[bytes]:
+        """Every rank's header of this call, by rank, in one collective."""
+        all_of_them = torch.empty(self.size * HEADER.size, dtype=torch.uint8)
+        parts = [all_of_them[i * HEADER.size : (i + 1) * HEADER.size] for i in range(self.size)]
+        self._finish(lambda: self._start_gather(parts, _tensor(header)))
+        return [_bytes(part) for part in parts]
+
+    # Straight to the group: torch.distributed knows nothing of it.
+
+    def _start_broadcast(self, tensor: Tensor) -> Work | None:
+        options = dist.BroadcastOptions()
+        options.rootRank = self.src
+        return self.group.broadcast([tensor], options)
+
+    def _start_gather(self, parts: list[Tensor], mine: Tensor) -> Work | None:
+        return self.group.allgather([parts], [mine])
+
+    def _leave(self) -> None:
+        self._group = None
 
 
 def _tensor(raw: bytes) -> Tensor:

@@ -1,358 +1,35 @@
-"""The threads behind a `SchedulerBackend`, and what each of them works through: planes, one for each rank that makes.
+"""A rank's part of a group of schedulers: how it joins, its planes, their ends and their threads.
 
-Who owns what: a plane's `Writer` belongs to the rank that makes, its `Reader`s to the others. A thread takes batches in
-the order in which they were handed in and outlives whatever goes wrong in one; nobody else uses its planes. A maker
-ends after it has said of every batch left that the others are to run `fn`, a follower at once.
+Who owns what: a plane's `Writer` belongs to the rank that makes, its `Reader`s to the others; each rank closes its own.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from abc import ABC, abstractmethod
-from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from shmcast._codec import Allow
-from shmcast._control import GroupControl, private_group
-from shmcast._entry import UNKNOWN, Entry
+from shmcast._control import PrivateControl
+from shmcast._entry import Entry
 from shmcast._follower import Follower
 from shmcast._joining import Offer, Settings, attach, join
 from shmcast._layout import HEADER_SLOTS
 from shmcast._planes import GatherControl, Gathered, RingControl
-from shmcast._requests import State
 from shmcast._room import default_capacity
-from shmcast._sent import HERE, attempt, describe
-from shmcast._wire import Call
-from shmcast.errors import ClosedError, MaterializeError, ShmcastError
-from shmcast.policy import Policy, Route
+from shmcast._sent import describe
+from shmcast._workers import Alone, Batch, Plane, Shared, Steward, Work, Worker
+from shmcast.errors import ArenaFull, ShmcastError
+from shmcast.policy import Route
 from shmcast.transport import Reader, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from shmcast._control import Control
-    from shmcast._requests import Request, Requests
+    from shmcast._control import Control, GroupControl
     from shmcast.metrics import Counters
 
-DELAY = 0.01
-
 log = logging.getLogger("shmcast")
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What was handed in at once. `shares`: for each rank that materializes any of it, its requests."""
-
-    number: int
-    digest: int
-    shares: dict[int, list[Request]]
-
-
-def run_fn(fn: Callable[[Any], Any], raw: Any) -> Any:
-    """`fn(raw)`, such that what it raises is the request's error, and never ends a thread or the scheduler."""
-    try:
-        return fn(raw)
-    except Exception:
-        raise
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-            raise
-        raise MaterializeError(f"fn raised {describe(error)}") from error
-
-
-def _forget_frames(error: BaseException) -> None:
-    """The frames of an error hold its whole batch, in a cycle: the log keeps the traceback, the error does not."""
-    log.debug("fn raised", exc_info=error)
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        each = pending.pop()
-        if each is not None and id(each) not in seen:
-            seen.add(id(each))
-            each.__traceback__ = None
-            pending += (each.__cause__, each.__context__)
-
-
-class Work:
-    """What planes need of a rank: to run `fn`, and to say what came of requests."""
-
-    def __init__(self, fn: Callable[[Any], Any], requests: Requests, counters: Counters) -> None:
-        self._fn = fn
-        self._requests = requests
-        self.counters = counters
-        self.ending = False
-
-    def run(self, raw: Any) -> Any:
-        """`fn`, such that a thread outlives whatever it raises."""
-        if self.ending:
-            raise ClosedError("this SchedulerBackend was closed")
-        return run_fn(self._fn, raw)
-
-    def deliver(self, request: Request, result: object, size: int) -> None:
-        """The result of one request, and the bytes of shared memory it pins."""
-        if result is HERE:
-            self._requests.leave(request)
-            return
-        if isinstance(result, Exception):
-            _forget_frames(result)
-        self._requests.settle(request, result, size)
-
-    def leave(self, share: Sequence[Request]) -> None:
-        """Of those that have no result none will come: `take` runs `fn`."""
-        for request in share:
-            self._requests.leave(request)
-
-
-class Plane(ABC):
-    """What one rank materializes, as this rank sees it."""
-
-    @abstractmethod
-    def share(self, batch: Batch) -> list[Request]:
-        """The requests of a batch that come through this plane."""
-
-    def takes(self, batch: Batch) -> bool:
-        """Whether there is anything to do for a batch."""
-        return bool(self.share(batch))
-
-    @abstractmethod
-    def run(self, batch: Batch, work: Work) -> None:
-        """Materialize this plane's share of a batch, or receive it, and deliver each result."""
-
-    def dispatch(self, batch: Batch, work: Work) -> bool:
-        """`run`, where that takes no time, and nothing of this plane is under way; else False, and nothing was done."""
-        return False
-
-
-class Alone(Plane):
-    """The plane of a rank that shares nothing with others: it makes everything itself."""
-
-    def share(self, batch: Batch) -> list[Request]:
-        return [request for share in batch.shares.values() for request in share]
-
-    def run(self, batch: Batch, work: Work) -> None:
-        share = self.share(batch)
-        work.counters.observe("batch", len(share))
-        fn = work.counters.timed("materialize")(work.run)
-        for request in share:
-            work.counters.message("local", 0)
-            work.deliver(request, attempt(fn, request.raw), 0)
-
-
-class Shared(Plane):
-    """What the rank `control.src` makes for all. `always`: takes part in a collective, also with nothing to say."""
-
-    def __init__(self, control: Control, end: Entry | Follower, policy: Policy, *, always: bool) -> None:
-        self._control = control
-        self._end = end
-        # With the route raw it is what was received that fn has to run on.
-        self._lazy = policy.route is not Route.RAW
-        self._always = always
-
-    @property
-    def can_help(self) -> bool:
-        """Whether `receive` is of any use: a thread that waits may take a header from the ring itself."""
-        return isinstance(self._end, Follower) and isinstance(self._control, RingControl)
-
-    def share(self, batch: Batch) -> list[Request]:
-        return batch.shares.get(self._control.src, [])
-
-    def takes(self, batch: Batch) -> bool:
-        return self._always or bool(self.share(batch))
-
-    def dispatch(self, batch: Batch, work: Work) -> bool:
-        if not isinstance(self._end, Entry) or not isinstance(self._control, RingControl):
-            return False
-        share = self.share(batch)
-        with self._control.turn(Call.BATCH, batch.number, batch.digest):
-            if not self._end.leave_batch([request.weight or UNKNOWN for request in share]):
-                return False
-        work.leave(share)
-        return True
-
-    def receive(self, batch: Batch, work: Work, timeout: float) -> bool:
-        """`run` on the thread of one who waits, where the header comes within `timeout` seconds; it runs no `fn`."""
-        if not isinstance(self._control, RingControl) or not self._control.ready(timeout):
-            return False
-        self._run(batch, work, lazy=self._lazy)
-        return True
-
-    def run(self, batch: Batch, work: Work) -> None:
-        self._run(batch, work, lazy=False)
-
-    def _run(self, batch: Batch, work: Work, *, lazy: bool) -> None:
-        share = self.share(batch)
-        with self._control.turn(Call.BATCH, batch.number, batch.digest):
-            results = self._materialize(share, work, lazy=lazy)
-        for request, result in zip(share, results, strict=True):
-            work.deliver(request, result, 0)
-
-    def _materialize(self, share: list[Request], work: Work, *, lazy: bool) -> list[Any]:
-        raws = [request.raw for request in share]
-
-        def deliver(number: int, result: object, size: int) -> None:
-            work.deliver(share[number], result, size)
-
-        if isinstance(self._end, Follower):
-            return self._end.materialize_batch(raws, work.run, deliver=deliver, lazy=lazy)
-        if work.ending:
-            self._end.skip_batch()
-            return [ClosedError("this SchedulerBackend was closed")] * len(share)
-        weights = [request.weight or UNKNOWN for request in share]
-        return self._end.materialize_batch(raws, work.run, weights=weights, deliver=deliver)
-
-
-class Worker:
-    """One thread, and the planes through which it takes each batch."""
-
-    def __init__(self, planes: Sequence[Plane], name: str, work: Work) -> None:
-        self._planes = planes
-        self._work = work
-        self._batches: SimpleQueue[Batch | None] = SimpleQueue()
-        self._owed = 0
-        self._counting = threading.Lock()
-        self._last = 0
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the caller is this thread."""
-        return threading.current_thread() is self._thread
-
-    def put(self, batch: Batch) -> None:
-        """Have a batch taken, on this thread where that takes no time; one that it was given before does nothing."""
-        if not any(plane.takes(batch) for plane in self._planes):
-            return
-        if self._owed == 0 and len(self._planes) == 1 and self._planes[0].dispatch(batch, self._work):
-            return
-        with self._counting:
-            self._owed += 1
-        self._batches.put(batch)
-
-    def end(self) -> None:
-        """No batch comes after those that were put."""
-        self._batches.put(None)
-
-    def join(self, deadline: float) -> None:
-        """Wait for the thread to end, until `deadline` of the monotonic clock."""
-        if not self.is_current:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _serve(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            for plane in self._planes:
-                if batch.number > self._last:
-                    take(plane, batch, self._work)
-                self._work.leave(plane.share(batch))
-            self._last = max(self._last, batch.number)
-            # Nothing of it may stay while the thread waits for the next one.
-            del batch
-            with self._counting:
-                self._owed -= 1
-
-
-class Steward:
-    """Follows one plane: who waits for a request takes its header himself; a thread sees to it that somebody does.
-
-    Waking a thread for each header would cost more than most headers do. The thread sleeps while nothing is expected,
-    looks in every `DELAY` seconds while something is, and takes over what came that long ago, or is that late.
-    """
-
-    def __init__(self, plane: Shared, name: str, work: Work) -> None:
-        self._plane = plane
-        self._work = work
-        self._batches: deque[Batch] = deque()
-        # Of a thread: if Ctrl-C keeps one from giving it up, it can still take it again.
-        self._turn = threading.RLock()
-        self._rouse: SimpleQueue[None] = SimpleQueue()
-        self._asleep = False
-        self._ending = False
-        self._last = 0
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the caller is this thread."""
-        return threading.current_thread() is self._thread
-
-    def put(self, batch: Batch) -> None:
-        """Expect a batch; one that it was given before does nothing."""
-        if self._plane.takes(batch):
-            for request in self._plane.share(batch):
-                request.helper = self
-            self._batches.append(batch)
-            # The thread says that it sleeps, and then looks for batches; we do it the other way round.
-            if self._asleep:
-                self._rouse.put(None)
-
-    def help(self, request: Request, timeout: float) -> None:
-        """Take headers until `request` is settled, for at most `timeout` seconds and `DELAY`."""
-        if not self._turn.acquire(blocking=False):
-            return
-        try:
-            end = time.monotonic() + min(timeout, DELAY)
-            while request.state is State.PENDING and self._batches:
-                batch = self._batches[0]
-                if batch.number > self._last:
-                    if not self._plane.receive(batch, self._work, max(0.0, end - time.monotonic())):
-                        return
-                    self._last = batch.number
-                self._finish(batch)
-        finally:
-            self._turn.release()
-
-    def end(self) -> None:
-        """No batch comes after those that were put."""
-        self._ending = True
-        self._rouse.put(None)
-
-    def join(self, deadline: float) -> None:
-        """Wait for the thread to end, until `deadline` of the monotonic clock."""
-        if not self.is_current:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _serve(self) -> None:
-        while not self._ending:
-            self._asleep = True
-            if not self._batches:
-                self._rouse.get()
-            self._asleep = False
-            self._look_in()
-
-    def _look_in(self) -> None:
-        """Take over a batch that was expected a `DELAY` ago already."""
-        first = self._batches[0] if self._batches else None
-        with suppress(Empty):
-            self._rouse.get(timeout=DELAY)
-        if first is None or self._ending:
-            return
-        with self._turn:
-            if self._batches and self._batches[0] is first:
-                if first.number > self._last:
-                    take(self._plane, first, self._work)
-                    self._last = first.number
-                self._finish(first)
-
-    def _finish(self, batch: Batch) -> None:
-        self._work.leave(self._plane.share(batch))
-        if self._batches and self._batches[0] is batch:
-            self._batches.popleft()
-
-
-def take(plane: Plane, batch: Batch, work: Work) -> None:
-    """Take a batch through a plane, whatever happens: what has no result after it is left to `take`."""
-    try:
-        if plane.takes(batch):
-            plane.run(batch, work)
-    except BaseException:
-        if not work.ending:
-            log.exception("a batch failed in a thread of the SchedulerBackend: its requests run fn when taken")
 
 
 class Crew:
@@ -374,19 +51,13 @@ class Crew:
 
         Raises what is wrong here, or `ShmcastError` that says what is wrong on another rank.
         """
-        try:
-            offer = self._offer(control, settings, spread=spread)
-        except Exception as error:
-            settings = error
-        if isinstance(settings, Exception):
-            offer = Offer(wrong=describe(settings))
-        try:
-            verdict = join(control, offer, lambda offers: self._attach(control, settings, offers))
-        except ShmcastError:
-            if isinstance(settings, Exception):
-                raise settings from None
-            raise
-        assert not isinstance(settings, Exception)
+        offer = self._offer(control, settings, spread=spread)
+        if isinstance(settings, Exception) or isinstance(offer, Exception):
+            wrong = offer if isinstance(offer, Exception) else ShmcastError("no settings")
+            with suppress(ShmcastError):
+                join(control, Offer(wrong=describe(wrong)), lambda _: "")
+            raise wrong
+        verdict = join(control, offer, lambda offers: self._attach(control, settings, offers))
         self.route, self.src = verdict.route, verdict.src
         if verdict.route is not Route.SHM:
             self._leave_shared_memory(verdict.why)
@@ -438,32 +109,30 @@ class Crew:
 
     # Joining.
 
-    def _offer(self, control: GroupControl, settings: Settings | Exception, *, spread: bool) -> Offer:
+    def _offer(self, control: GroupControl, settings: Settings | Exception, *, spread: bool) -> Offer | Exception:
+        """What this rank says first, with the address of its writer where it has one; or what is wrong."""
         if isinstance(settings, Exception):
-            raise settings
-        offer = settings.offer(placement="spread" if spread else "entry")
-        if settings.disabled or not (spread or control.rank == settings.src):
-            return offer
-        capacity = settings.capacity or default_capacity(control.size if spread else 1)
-        slots = HEADER_SLOTS if settings.control == "ring" else 0
+            return settings
         try:
+            offer = settings.offer(placement="spread" if spread else "entry")
+            if settings.disabled or not (spread or control.rank == settings.src):
+                return offer
             self.writer = Writer(
                 control.size - 1,
-                capacity=capacity,
+                capacity=settings.capacity or default_capacity(control.size if spread else 1),
                 allow=settings.allow,
                 policy=settings.policy,
                 rank=control.rank,
-                slots=slots,
+                slots=HEADER_SLOTS if settings.control == "ring" else 0,
             )
-        except ValueError:
-            raise
-        except Exception as error:
+        except (ArenaFull, OSError) as error:
             return replace(offer, trouble=describe(error))
+        except Exception as error:
+            return error
         return replace(offer, address=bytes(self.writer.address).hex())
 
-    def _attach(self, control: GroupControl, settings: Settings | Exception, offers: list[Offer]) -> str:
+    def _attach(self, control: GroupControl, settings: Settings, offers: list[Offer]) -> str:
         """Map the segments of every other rank that writes; what went wrong, or nothing."""
-        assert not isinstance(settings, Exception)
         try:
             for src, offer in enumerate(offers):
                 if src != control.rank and offer.address:
@@ -480,9 +149,8 @@ class Crew:
             ends.insert(0, (control.rank, self.writer))
         if settings.control == "group":
             # Only the thread that takes batches uses it, and never the group that was given.
-            own = private_group(control.group, f"{plane:x}", settings.timeout)
-            control = GroupControl(own, settings.timeout, owns=True)
-        gathered = Gathered(control) if spread and settings.control == "group" else None
+            control = PrivateControl(control.group, f"{plane:x}", settings.timeout)
+        gathered = Gathered(control) if spread and isinstance(control, PrivateControl) else None
         planes: list[Plane] = []
         for src, end in ends:
             each: Control

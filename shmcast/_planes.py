@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from shmcast._control import Control, ControlBroken, GroupControl, NoHeader
+from shmcast._control import Control, ControlBroken, NoHeader, PrivateControl
 from shmcast._wire import Header, Reason, parse_header
 from shmcast.errors import LayoutError, ShmcastError
 from shmcast.transport import Reader, Writer
@@ -108,7 +108,7 @@ class RingControl(Control):
 class Gathered:
     """The headers of one call, of all ranks, by one all-gather: what the planes of a group's ranks share."""
 
-    def __init__(self, group: GroupControl) -> None:
+    def __init__(self, group: PrivateControl) -> None:
         self.group = group
         self.headers: list[bytes] = []
 

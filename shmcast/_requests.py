@@ -43,10 +43,10 @@ class State(Enum):
 class Request:
     """One request. `result`: what `fn` made of it, or raised; `size`: bytes of shared memory that pins.
 
-    `weight` is None for one that is `here` from the start. `helper`: what may settle it on the caller's thread.
+    `weight` is None for one that is `here` from the start. `settler`: what may settle it on the caller's thread.
     """
 
-    __slots__ = ("_unsettled", "helper", "key", "listed", "raw", "result", "size", "state", "weight")
+    __slots__ = ("_unsettled", "key", "listed", "raw", "result", "settler", "size", "state", "weight")
 
     def __init__(self, key: Hashable, raw: Any, weight: Weight | None) -> None:
         self.key = key
@@ -55,7 +55,7 @@ class Request:
         self.state = State.HERE if weight is None else State.PENDING
         self.result: Any = None
         self.size = 0
-        self.helper: Helper | None = None
+        self.settler: Settler | None = None
         self.listed = False
         # Held while the request is pending: a lock costs a tenth of an Event, and nothing else is asked of it.
         self._unsettled = threading.Lock()
@@ -75,7 +75,7 @@ class Request:
         return self.state is not State.PENDING
 
 
-class Helper(Protocol):
+class Settler(Protocol):
     """What can settle requests on the thread of one who waits for them."""
 
     def help(self, request: Request, timeout: float) -> None:

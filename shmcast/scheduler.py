@@ -19,12 +19,13 @@ from weakref import WeakSet
 import torch.distributed as dist
 
 from shmcast._control import GroupControl, cpu_group
-from shmcast._crew import Batch, Crew, Work, run_fn
+from shmcast._crew import Crew
 from shmcast._joining import Settings, check_ring, patience
 from shmcast._requests import Request, Requests, State
 from shmcast._room import default_capacity
 from shmcast._sent import size_of, weigh
 from shmcast._turn import Turn
+from shmcast._workers import Batch, Work, run_fn
 from shmcast.errors import ClosedError, ShmcastError
 from shmcast.metrics import Counters, Stats, merge
 from shmcast.multimodal import MultimodalInputs
@@ -111,16 +112,14 @@ class SchedulerBackend:
             settings = self._check(settings, size, max_pending, max_pending_bytes)
         except Exception as error:
             settings = error
-        if cpu is None:
+        try:
+            if cpu is not None:
+                self._crew.join(GroupControl(cpu, self._timeout), settings, spread=placement == "spread")
             if isinstance(settings, Exception):
                 raise settings
-        else:
-            try:
-                self._crew.join(GroupControl(cpu, self._timeout), settings, spread=placement == "spread")
-            except BaseException:
-                self._leave(0.0)
-                raise
-        assert not isinstance(settings, Exception)
+        except BaseException:
+            self._leave(0.0)
+            raise
         writers = size if placement == "spread" else 1
         self._local_below = settings.policy.local_below if settings.policy.route is Route.AUTO else 0
         self._loads = [0] * writers
@@ -222,8 +221,8 @@ class SchedulerBackend:
         """Until a request is settled: by this thread, if its header is about to come, else by another."""
         end = time.monotonic() + (MONTH if timeout is None else timeout)
         while request.state is State.PENDING:
-            if request.helper is not None:
-                request.helper.help(request, end - time.monotonic())
+            if request.settler is not None:
+                request.settler.help(request, end - time.monotonic())
             left = end - time.monotonic()
             if not request.wait(max(0.0, min(left, SLICE))) and left <= 0:
                 raise TimeoutError(f"request {request.key!r}: its inputs were not there within {timeout:g} s")

@@ -18,6 +18,7 @@ LIBRARY = sorted((ROOT / "shmcast").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 NAMES = {
+    "Admission",
     "ArenaFull",
     "Broadcaster",
     "ClosedError",
@@ -33,14 +34,17 @@ NAMES = {
     "Policy",
     "Reader",
     "Route",
+    "SchedulerBackend",
     "ShmcastError",
     "StaleHandle",
     "Stats",
+    "UnknownRequest",
     "Writer",
 }
 LIGHT = [
     "_blocks",
     "_cache",
+    "_headers",
     "_layout",
     "_pages",
     "_peers",
