@@ -113,7 +113,7 @@ class Arena:
 
     def mapping(self, block: Block) -> mmap.mmap:
         """What a block lies in."""
-        with self._lock:
+        with self._lock.free():
             self._check_open()
             return self._segments[block.segment].map
 
@@ -148,7 +148,7 @@ class Arena:
 
     def free(self, *blocks: Block) -> None:
         """Give up a claim on each."""
-        with self._lock:
+        with self._lock.free():
             for block in blocks:
                 self._blocks.unclaim(block)
 
@@ -158,7 +158,7 @@ class Arena:
 
     def find(self, key: Hashable) -> Block | None:
         """The block that is kept under `key`, with one claim more."""
-        with self._lock:
+        with self._lock.free():
             self._check_open()
             block = self._cache.find(key)
             if block is None or not self._blocks.usable(block.segment):
@@ -168,7 +168,7 @@ class Arena:
 
     def keep(self, key: Hashable, block: Block | None) -> None:
         """Have the cache claim a block that is complete, in place of what it keeps under `key`; or nothing there."""
-        with self._lock:
+        with self._lock.free():
             if block is not None:
                 block.claims += 1
             self._unclaim(self._cache.drop(key) if block is None else self._cache.add(key, block))
@@ -177,14 +177,14 @@ class Arena:
 
     def is_leased(self, block: Block) -> bool:
         """Whether anybody but the writer's own storage claims the block."""
-        with self._lock:
+        with self._lock.free():
             self._drain()
             return block.claims > 1
 
     def grant(self, message: Block, listed: Iterable[Block], readers: Iterable[int], opens: int) -> Handle:
         """Give each of `readers` `opens` leases on a message that is complete."""
         blocks = (message, *listed)
-        with self._lock:
+        with self._lock.free():
             self._check_open()
             for block in blocks[1:]:
                 stamp_payload(self._segments[block.segment].map, block.offset)
@@ -200,7 +200,7 @@ class Arena:
         if (handle.token, handle.rank) != (self.address.token, self.address.rank):
             raise LayoutError("a handle of another writer")
         try:
-            with self._lock:
+            with self._lock.free():
                 self._withdraw(handle)
         except Reentered:
             # From a finalizer: noted, and done at the next call.
@@ -234,7 +234,7 @@ class Arena:
 
     def _listening(self) -> list[int]:
         self.reclaim()
-        with self._lock:
+        with self._lock.free():
             self._check_open()
             return [reader for reader, peer in enumerate(self._peers) if peer.listens]
 
@@ -250,7 +250,7 @@ class Arena:
 
     def revoke(self, reader: int, below: int) -> None:
         """Take back every ticket of `reader` under `below` that it has not opened, for good (L9)."""
-        with self._lock:
+        with self._lock.free():
             self._check_open()
             # A floor that went down would let a reader open what was given out again.
             self._floors[reader] = below = max(below, self._floors[reader])
@@ -262,12 +262,12 @@ class Arena:
 
     def drain(self) -> None:
         """Read what readers have told, and unlink what all of them have mapped."""
-        with self._lock:
+        with self._lock.free():
             self._drain()
 
     def reclaim(self) -> None:
         """Take back everything that dead readers hold."""
-        with self._lock:
+        with self._lock.free():
             self._drain()
             for i, peer in enumerate(self._peers):
                 if not peer.dead and self._lost(i, peer):
@@ -281,12 +281,12 @@ class Arena:
 
     def held(self) -> tuple[Held, ...]:
         """What each reader holds."""
-        with self._lock:
+        with self._lock.free():
             return tuple(self._tickets.held(i) for i in range(len(self._peers)))
 
     def alive(self) -> tuple[bool | None, ...]:
         """For each reader: True, False once it died or left, None while it has not come."""
-        with self._lock:
+        with self._lock.free():
             return tuple(
                 False if not peer.listens else is_taken(self._control.fd, i) if peer.inbox.taken() else None
                 for i, peer in enumerate(self._peers)
@@ -298,7 +298,7 @@ class Arena:
 
     def usage(self) -> tuple[int, int, int, int]:
         """Live blocks, free bytes, largest free block, bytes of all segments."""
-        with self._lock:
+        with self._lock.free():
             return self._blocks.live, self._blocks.free, self._blocks.largest, self._blocks.total
 
     @property
@@ -309,7 +309,7 @@ class Arena:
     def close(self) -> None:
         """Unlink what still has a name, give up the lock; what readers have mapped stays with them."""
         self._stop.set()
-        with self._lock:
+        with self._lock.free():
             self._unlink_semaphores()
             for segment in self._named:
                 segment.unlink()
@@ -352,7 +352,7 @@ class Arena:
         size = max(2 * PAGE, size // PAGE * PAGE)
         header = SegmentHeader(Kind.ARENA, self.address.token, self.address.rank, number, size)
         segment = _segment.create(self.address.segment(number), header)
-        with self._lock:
+        with self._lock.free():
             self._segments.append(segment)
             self._named.append(segment)
             self._blocks.add(number, size, usable=number == 0)
@@ -361,8 +361,8 @@ class Arena:
 
     def _grow(self, length: int) -> str:
         """Add a segment that `length` bytes fit in, unless one is on its way; else why not."""
-        with self._growing:
-            with self._lock:
+        with self._growing.free():
+            with self._lock.free():
                 pending = any(
                     segment.header.number not in self._retired
                     and not self._blocks.usable(segment.header.number)
@@ -390,7 +390,7 @@ class Arena:
     # What readers say. All of these run under the lock.
 
     def _try(self, length: int, readers: tuple[int, ...], opens: int, evict: bool = False) -> Block | None:
-        with self._lock:
+        with self._lock.free():
             self._check_open()
             self._drain()
             if not self._tickets.room(readers, opens):
@@ -409,7 +409,7 @@ class Arena:
             raise ClosedError("this writer was closed")
 
     def _room(self, readers: tuple[int, ...], opens: int) -> bool:
-        with self._lock:
+        with self._lock.free():
             return self._tickets.room(readers, opens)
 
     def _drain(self) -> None:

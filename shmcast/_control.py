@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final, cast
 
@@ -22,7 +21,8 @@ from shmcast._wire import HEADER, Call, Header, Reason, check_call, parse_header
 from shmcast.errors import ShmcastError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from torch.distributed import ProcessGroup, Work
 
@@ -97,25 +97,22 @@ class Control(ABC):
         """What ended the plane."""
         return self._broken
 
-    @contextmanager
-    def turn(self, call: Call, number: int | None = None, batch: int = 0) -> Iterator[None]:
-        """One call of all ranks. Two at once would swap each other's bytes: an error, not a wait.
+    def turn(self, call: Call, number: int | None = None, batch: int = 0) -> AbstractContextManager[bool]:
+        """One call of all ranks, as long as the lock that this gives. Two at once would swap each other's bytes: an
+        error, not a wait.
 
         `number`: of the call; default one more than that of the last. `batch`: digest of what it is about.
 
         Calls are counted, not headers: a rank that leaves a call without its header is out of step from then on, and
         the next header tells it so.
         """
-        if not self._busy.acquire(blocking=False):
-            self._calls += 1
+        busy = self._busy.locked()
+        self._calls = self._calls + 1 if number is None else number
+        if busy:
             raise ShmcastError("two threads are in collectives of one Broadcaster: give each thread its own group")
-        try:
-            self._calls = self._calls + 1 if number is None else number
-            self._call = call
-            self._batch = batch
-            yield
-        finally:
-            self._busy.release()
+        self._call = call
+        self._batch = batch
+        return self._busy
 
     @abstractmethod
     def send(self, header: Header) -> None:

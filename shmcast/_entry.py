@@ -193,7 +193,9 @@ class Entry:
             obj = self._run(task, fn)
         except Exception as error:
             route = HeaderRoute.LOCAL if self._heals else HeaderRoute.NONE
-            return _Made(None, error, Sent(route, Reason.RAISED, text=describe(error)), again=self._heals)
+            # Kept only where it is the result: its frames hold this batch.
+            kept = None if self._heals else error
+            return _Made(None, kept, Sent(route, Reason.RAISED, text=describe(error)), again=self._heals)
         if self._policy.route is Route.PICKLE and self._control.carries_tensors:
             return _Made(obj, None, Sent(HeaderRoute.PICKLE))
         started = perf_counter()
@@ -205,7 +207,9 @@ class Entry:
 
     def _pickle(self, made: list[_Made]) -> Sent:
         try:
-            tensor = pickled((m.obj, "" if m.error is None else describe(m.error)) for m in made)
+            tensor = pickled(
+                (m.obj, "" if m.sent.route is HeaderRoute.PICKLE else m.sent.text or "no result") for m in made
+            )
         except Exception as error:
             route = HeaderRoute.LOCAL if self._heals else HeaderRoute.NONE
             return Sent(route, Reason.ENCODE, text=describe(error))

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from enum import Enum
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shmcast._turn import Reentered
+from shmcast._turn import Turn
 from shmcast.errors import ClosedError, UnknownRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Callable, Hashable, Iterable
 
     from shmcast._costs import Weight
 
@@ -97,7 +97,7 @@ class Requests:
         self._evicted = evicted
         # A signal handler or a finalizer may call in the middle of another call of its own thread: what it wants done
         # is noted, and done when that call is over.
-        self._lock = threading.RLock()
+        self._turn = Turn()
         self._noted: SimpleQueue[Hashable] = SimpleQueue()
         self._by_key: dict[Hashable, deque[Request]] = {}
         self._ready: dict[Request, None] = {}
@@ -105,13 +105,12 @@ class Requests:
         self._counted = 0
         self._bytes = 0
         self._closed = False
-        self._inside = False
         self._dropped: list[Any] = []
         self._untold = 0
 
     def add(self, requests: Iterable[Request]) -> None:
         """Take these on, each once. A key that is there already queues: refusing it would be one rank's decision."""
-        with self._alone():
+        with self._turn.free():
             self._check_open()
             for request in requests:
                 if request.listed:
@@ -120,20 +119,23 @@ class Requests:
                 self._by_key.setdefault(request.key, deque()).append(request)
                 self._counted += request.state is State.PENDING
             self._evict()
+        self._tidy()
 
     def settle(self, request: Request, result: object, size: int) -> None:
         """The result of a pending request is there; it is dropped where nobody waits for it any more."""
-        with self._alone():
+        with self._turn.free():
             if request.state is State.PENDING:
                 request.state, request.result, request.size = State.READY, result, size
                 self._ready[request] = None
                 self._bytes += size
                 self._evict()
                 request.announce()
+        del result
+        self._tidy()
 
     def leave(self, request: Request) -> None:
         """No result will come: `take` runs `fn`."""
-        with self._alone():
+        with self._turn.free():
             if request.state is State.PENDING:
                 request.state = State.HERE
                 self._counted -= 1
@@ -141,7 +143,7 @@ class Requests:
 
     def find(self, key: Hashable) -> Request:
         """The oldest request of this key; raises `UnknownRequest`, which says what became of it."""
-        with self._alone():
+        with self._turn.free():
             self._check_open()
             found = self._by_key.get(key)
             if not found:
@@ -150,30 +152,34 @@ class Requests:
 
     def take(self, request: Request) -> tuple[State, Any]:
         """Let a settled request go: its state and result. Raises `UnknownRequest` where another thread was first."""
-        with self._alone():
+        with self._turn.free():
             self._check_open()
             if request.state is State.GONE:
                 raise self._unknown(request.key)
             state, result = request.state, request.result
             self._remove(request, "taken")
+        self._tidy()
         return state, result
 
     def abort(self, key: Hashable) -> bool:
         """Drop every request of this key; whether there was any. Whoever waits for one gets `UnknownRequest`."""
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if self._turn.is_mine:
             self._noted.put(key)
             return key in self._by_key
-        with self._alone():
-            return self._abort(key)
+        with self._turn.free():
+            was = self._abort(key)
+        self._tidy()
+        return was
 
     def close(self) -> None:
         """Drop all; whoever waits gets `ClosedError`."""
         self._closed = True
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if self._turn.is_mine:
             self._noted.put(_ALL)
             return
-        with self._alone():
+        with self._turn.free():
             self._abort(_ALL)
+        self._tidy()
 
     def _abort(self, key: Hashable) -> bool:
         queues = list(self._by_key.values()) if key is _ALL else [self._by_key.get(key, ())]
@@ -185,23 +191,14 @@ class Requests:
 
     def counts(self) -> tuple[int, int]:
         """How many requests were not taken, evicted ones too, and the bytes of shared memory that they pin."""
-        with self._lock:
-            return sum(map(len, self._by_key.values())), self._bytes
+        # No lock, so that a signal handler may ask too: one dict is copied whole.
+        return sum(map(len, list(self._by_key.values()))), self._bytes
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One call at a time; then what came meanwhile, and then, without a lock, results are dropped."""
-        with self._lock:
-            if self._inside:
-                raise Reentered("a signal handler or finalizer called in the middle of another call: call it later")
-            self._inside = True
-            try:
-                yield
-            finally:
-                self._inside = False
-                with suppress(Empty):
-                    while True:
-                        self._abort(self._noted.get_nowait())
+    def _tidy(self) -> None:
+        """After each call: do what was noted meanwhile, then, without a lock, drop results and tell of evictions."""
+        with self._turn.free():
+            while not self._noted.empty():
+                self._abort(self._noted.get_nowait())
             dropped, self._dropped = self._dropped, []
             untold, self._untold = self._untold, 0
         dropped.clear()

@@ -24,6 +24,7 @@ Isolation = Literal["cow", "guard", "shared"]
 
 MODE: Final = 0o600
 STEP: Final = 64 << 20
+MAX_PRIVATE: Final = 64
 
 _maps: WeakKeyDictionary[mmap.mmap, tuple[int, int]] = WeakKeyDictionary()  # mapping -> (device, inode)
 _segments: WeakSet[Segment] = WeakSet()
@@ -42,11 +43,20 @@ class Segment:
         self.fd = fd
         self.map = mapping
         self.address = address_of(mapping)
+        self._private: WeakSet[mmap.mmap] = WeakSet()
         _segments.add(self)
 
     def map_block(self, offset: int, length: int) -> mmap.mmap:
-        """A private mapping of one block alone."""
-        return _map(self.fd, length, mmap.MAP_PRIVATE, offset)
+        """A private mapping of one block alone; beyond `MAX_PRIVATE`, as each takes a descriptor, a copy."""
+        if len(self._private) >= MAX_PRIVATE:
+            copy = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            done = 0
+            while done < length:
+                done += os.preadv(self.fd, [memoryview(copy)[done:]], offset + done)
+            return copy
+        mapping = _map(self.fd, length, mmap.MAP_PRIVATE, offset)
+        self._private.add(mapping)
+        return mapping
 
     def unlink(self) -> None:
         """Remove the name if it still leads to this segment."""

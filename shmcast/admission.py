@@ -120,8 +120,10 @@ class Admission:
 
         Raises:
             ValueError: the key is held already.
+            TypeError: key or session cannot be hashed.
             ClosedError: this was closed.
         """
+        hash((key, session))
         leaves = walk(raw)
         request = _Request(key, session, monotonic(), raw, 0 if leaves is None else leaves.nbytes)
         with self._lock:

@@ -101,6 +101,7 @@ class SchedulerBackend:
         self._counters = Counters()
         self._turn = Turn()
         self._closed = False
+        self._left = False
         self._batches = 0
         self._timeout = patience(timeout, DEFAULT_TIMEOUT)
         self._crew = Crew(self._counters)
@@ -148,7 +149,7 @@ class SchedulerBackend:
             Request(key, raw, None if small else weigh(raw, size))
             for (key, raw), size in zip(pairs, sizes, strict=True)
         ]
-        with self._turn:
+        with self._turn.free():
             if small or not requests:
                 self._requests.add(requests)
                 return
@@ -208,7 +209,7 @@ class SchedulerBackend:
         Waits for a running `fn`, at most `timeout` seconds. Of batches in flight the other ranks run `fn` themselves.
         Objects that were taken stay valid.
         """
-        if not self._closed:
+        if not self._left:
             self._leave(self._timeout)
 
     def __enter__(self) -> SchedulerBackend:
@@ -241,6 +242,7 @@ class SchedulerBackend:
             self._work.ending = True
             self._requests.close()
         self._crew.close(wait)
+        self._left = True
 
     def _check_open(self) -> None:
         if self._closed:
@@ -289,25 +291,28 @@ def _nbytes(request: Request) -> int:
     return request.weight.nbytes if request.weight else 0
 
 
+def _told(key: object) -> object:
+    """What of a key reads the same in every process."""
+    if isinstance(key, (tuple, frozenset)):
+        return sorted(map(repr, map(_told, key))) if isinstance(key, frozenset) else tuple(map(_told, key))
+    return key if type(key) in (str, int, bytes, float, bool, type(None)) else type(key).__qualname__
+
+
 def _digest(number: int, shares: dict[int, list[Request]]) -> int:
     """Of what all ranks must have handed in alike: keys that read the same everywhere, sizes, and who makes what."""
-    told = [
-        (owner, _nbytes(request), request.key if isinstance(request.key, (str, int, bytes)) else None)
-        for owner, share in shares.items()
-        for request in share
-    ]
+    told = [(owner, _nbytes(request), _told(request.key)) for owner, share in shares.items() for request in share]
     return int.from_bytes(blake2b(repr((number, told)).encode("utf-8", "replace"), digest_size=8).digest(), "little")
 
 
 def _forget() -> None:
     for backend in list(_backends):
-        backend._closed = True
+        backend._closed = backend._left = True
 
 
 def _close_all() -> None:
     """At exit, so that no thread runs into a dying interpreter; a `fn` that hangs does not keep it."""
     for backend in list(_backends):
-        if not backend._closed:
+        if not backend._left:
             backend._leave(EXIT_PATIENCE)
 
 
