@@ -136,9 +136,6 @@ class Backend(Way):
 
     def close(self) -> None:
         self.backend.close()
-        # torch names a group after its ranks and the number of groups: without one more, the next backend's would have
-        # the name of the one that was destroyed, and look for its sockets.
-        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
     def _receive(self, key: str, timeout: float | None) -> bool:
         """Whether the outcome of this request is here now."""

@@ -11,7 +11,7 @@ from shmcast._control import Control, ControlBroken
 from shmcast._costs import Costs, Weight
 from shmcast._sent import Deliver, R, Sent, T, attempt, describe, ignore, index_of, note, pickled, walk, weigh
 from shmcast._wire import CHOICES, Handle, HeaderRoute, Reason
-from shmcast.errors import ArenaFull, MaterializeError, PeerDied, ShmcastError
+from shmcast.errors import ArenaFull, ClosedError, MaterializeError, PeerDied, ShmcastError
 from shmcast.policy import Policy, Route
 from shmcast.transport import Writer, pack_inline
 
@@ -195,7 +195,8 @@ class Entry:
             route = HeaderRoute.LOCAL if self._heals else HeaderRoute.NONE
             # Kept only where it is the result: its frames hold this batch.
             kept = None if self._heals else error
-            return _Made(None, kept, Sent(route, Reason.RAISED, text=describe(error)), again=self._heals)
+            reason = Reason.CLOSED if isinstance(error, ClosedError) else Reason.RAISED
+            return _Made(None, kept, Sent(route, reason, text=describe(error)), again=self._heals)
         if self._policy.route is Route.PICKLE and self._control.carries_tensors:
             return _Made(obj, None, Sent(HeaderRoute.PICKLE))
         started = perf_counter()
@@ -311,7 +312,7 @@ class Entry:
             raise
         for each in sents:
             self._counters.message(each.route.name.lower(), each.size)
-            if each.reason not in CHOICES:
+            if each.reason not in CHOICES and each.reason is not Reason.CLOSED:
                 note(self._counters, each.reason, each.text or "no shared memory in this group")
 
     def _withdraw(self, sents: Iterable[Sent]) -> None:

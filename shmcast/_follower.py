@@ -70,7 +70,10 @@ class Follower:
                 raise MaterializeError(f"fn raised on the entry rank: {sent.text}")
             if self._heals:
                 return cast("T", self._resolve(sent, raw, fn, lambda: leaves).obj)
-            return self._agreed(sent, lambda s: cast("T", self._open(s, fn, leaves).obj))
+            made = self._agreed(sent, lambda s: self._open(s, fn, leaves))
+            if isinstance(made, Exception):
+                raise made
+            return made
         except NoHeader as late:
             return self._without(late, lambda: fn(raw))
         except ControlBroken as broken:
@@ -124,7 +127,7 @@ class Follower:
         try:
             taken = self._take(sent, leaves() if sent.route is not HeaderRoute.RAW else None)
         except Exception as error:
-            note(self._counters, Reason.OPEN, error)
+            self._note_open(error)
             return _Taken(fn(raw), 0)
         return taken if sent.route is not HeaderRoute.RAW else _Taken(fn(cast("R", taken.obj)), taken.size)
 
@@ -132,7 +135,7 @@ class Follower:
         try:
             entries = self._entries(sent, len(raws))
         except Exception as error:
-            note(self._counters, Reason.OPEN, error)
+            self._note_open(error)
             return [attempt(fn, raw) for raw in raws]
         results: list[T | Exception] = []
         with self._giving_back(entries):
@@ -142,6 +145,10 @@ class Follower:
                 deliver(len(results), result, size)
                 results.append(cast("T | Exception", result))
         return results
+
+    def _note_open(self, error: Exception) -> None:
+        if not isinstance(error, ClosedError):
+            note(self._counters, Reason.OPEN, error)
 
     def _entries(self, sent: Sent, count: int) -> list[Sent]:
         """What a header says of each request of a batch of which this rank has all raw inputs."""
@@ -181,10 +188,11 @@ class Follower:
             self._counters.message(sent.route.name.lower(), taken.size)
         return taken
 
-    def _open(self, sent: Sent, fn: Callable[[R], T], leaves: Leaves | None) -> _Taken:
-        """What was sent, where this rank may not fall back to raw inputs of its own."""
-        taken = self._take(sent, leaves if sent.route is not HeaderRoute.RAW else None)
-        return taken if sent.route is not HeaderRoute.RAW else _Taken(fn(cast("R", taken.obj)), taken.size)
+    def _open(self, sent: Sent, fn: Callable[[R], T], leaves: Leaves | None) -> T | Exception:
+        """What was sent, where this rank may not fall back to raw inputs of its own, or what `fn` raises on them."""
+        if sent.route is HeaderRoute.RAW:
+            return attempt(fn, cast("R", self._take(sent, None).obj))
+        return cast("T", self._take(sent, leaves).obj)
 
     def _take_pickled(self, sent: Sent, count: int | None) -> list[Sent]:
         """For each request of a batch by pickle what `_take` takes; loads it only where the policy says so."""
@@ -218,7 +226,7 @@ class Follower:
             return [
                 MaterializeError(f"fn raised on the entry rank: {entry.text}")
                 if entry.route is HeaderRoute.NONE
-                else self._open(entry, fn, mine).obj
+                else self._open(entry, fn, mine)
                 for entry, mine in zip(entries, leaves or [None] * len(entries), strict=True)
             ]
 

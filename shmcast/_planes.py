@@ -54,11 +54,14 @@ class RingControl(Control):
             # It is not silent: the header of this call may be a whole batch away.
             deadline = time.monotonic() + self.timeout
 
-    def ready(self, timeout: float) -> bool:
-        """Whether `receive` has something to say at once, after at most `timeout` seconds."""
+    def ready(self, number: int, timeout: float) -> bool:
+        """Whether `receive` in call `number` has something to say at once, after at most `timeout` seconds."""
         end = time.monotonic() + timeout
         try:
-            while self._early is None:
+            while self._early is None or self._early.sequence < number:
+                if self._early is not None:
+                    early, self._early = self._early, None
+                    self._drop(early)
                 self._early = self._parsed(self._attempt(lambda: self._receive(max(0.0, end - time.monotonic()))))
         except TimeoutError:
             return False

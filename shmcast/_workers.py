@@ -169,7 +169,7 @@ class Shared(Plane):
 
     def receive(self, batch: Batch, work: Work, timeout: float) -> bool:
         """`run` on the thread of one who waits, where the header comes within `timeout` seconds; it runs no `fn`."""
-        if not isinstance(self._control, RingControl) or not self._control.ready(timeout):
+        if not isinstance(self._control, RingControl) or not self._control.ready(batch.number, timeout):
             return False
         self._run(batch, work, lazy=self._lazy)
         return True
