@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from contextlib import ExitStack, suppress
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import posix_ipc
@@ -88,7 +88,7 @@ class Arena:
         self._retired: set[int] = set()
         self._named: list[Segment] = []
         self._slots = slots
-        self._headers: HeaderWriter | None = None
+        self.headers: HeaderWriter | None = None
         self._floors = [0] * readers
         self._lagging: dict[int, int] = {}
         self._hopeless = False
@@ -102,7 +102,7 @@ class Arena:
             for i in range(readers):
                 self._peers += (self._create_peer(i),)
             if slots:
-                self._headers = self._make_headers()
+                self.headers = self._make_headers()
             self._add_segment(min(self.capacity, STEP))
             self._watch_names()
         except BaseException:
@@ -128,8 +128,12 @@ class Arena:
         block = self._try(length, readers, opens)
         if block is not None:
             return block
-        trouble = self._grow(length) if self._room(readers, opens) else f"a reader holds {MAX_TICKETS} leases, the most"
-        before = self._headers.taken() if self._headers else {}
+        trouble = (
+            self._grow(length)
+            if self._tickets.room(readers, opens)
+            else f"a reader holds {MAX_TICKETS} leases, the most"
+        )
+        before = self.headers.taken() if self.headers else {}
         self._revoke_laggards(self._lagging)
         deadline = time.monotonic() + (0.0 if self._hopeless else wait)
         pause = 0.0
@@ -141,7 +145,7 @@ class Arena:
                 return block
             left = deadline - time.monotonic()
             if left <= 0 and not (pause and self._revoke_laggards(before)):
-                self._hopeless |= self._headers is not None and wait > 0
+                self._hopeless |= self.headers is not None and wait > 0
                 raise ArenaFull(self._explain(length, wait, trouble))
             time.sleep(max(0.0, min(pause, left)))
             pause = min(2 * pause + 1e-5, 2e-3)
@@ -220,27 +224,29 @@ class Arena:
         self._read_all()
         self._unclaim(self._tickets.withdrawn(handle.ticket, handle.opens))
 
-    @property
-    def headers(self) -> HeaderWriter | None:
-        """The writer's end of the header ring."""
-        return self._headers
-
     def _make_headers(self) -> HeaderWriter:
         base = slots_offset(self.address.readers, RING_ENTRIES)
         ready = [peer.ready for peer in self._peers if peer.ready is not None]
-        return HeaderWriter(
-            self._control.map, base, self._slots, ready, self._listening, lambda: self._tickets.next, self.revoke
-        )
+        return HeaderWriter(self._control.map, base, self._slots, ready, self)
 
-    def _listening(self) -> list[int]:
-        self.reclaim()
+    def listening(self) -> list[int]:
+        """The readers that can still open what is published, as far as `reclaim` knows."""
         with self._lock.free():
             self._check_open()
             return [reader for reader, peer in enumerate(self._peers) if peer.listens]
 
+    def still_listening(self) -> list[int]:
+        """The same, after `reclaim`."""
+        self.reclaim()
+        return self.listening()
+
+    def granted(self) -> int:
+        """The first ticket that was not granted yet."""
+        return self._tickets.next
+
     def _revoke_laggards(self, before: dict[int, int]) -> bool:
         """Take back what readers have not opened that have headers to take and took none since `before`; if any did."""
-        now = self._headers.taken() if self._headers else {}
+        now = self.headers.taken() if self.headers else {}
         lagging = {reader: taken for reader, taken in before.items() if now.get(reader) == taken}
         for reader in lagging:
             self.revoke(reader, self._tickets.next)
@@ -408,17 +414,11 @@ class Arena:
         if self._stop.is_set():
             raise ClosedError("this writer was closed")
 
-    def _room(self, readers: tuple[int, ...], opens: int) -> bool:
-        with self._lock.free():
-            return self._tickets.room(readers, opens)
-
     def _drain(self) -> None:
-        with suppress(Empty):
-            while True:
-                self._blocks.unclaim(self._expired.get_nowait())
-        with suppress(Empty):
-            while True:
-                self._withdraw(self._withdrawn.get_nowait())
+        while not self._expired.empty():
+            self._blocks.unclaim(self._expired.get_nowait())
+        while not self._withdrawn.empty():
+            self._withdraw(self._withdrawn.get_nowait())
         self._read_all()
 
     def _read_all(self) -> None:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import posix_ipc
 
@@ -21,13 +21,29 @@ from shmcast.errors import ClosedError, PeerDied
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 SPIN: Final = 50e-6
 BRIEF: Final = 200e-6
 SLICE: Final = 0.2
 LONGEST_PAUSE: Final = 2e-3
 MARGIN: Final = 16
+
+
+class Audience(Protocol):
+    """What a header ring has to know of its readers, and of what they were given."""
+
+    def listening(self) -> Sequence[int]:
+        """The readers that can still take headers, as far as is known."""
+
+    def still_listening(self) -> Sequence[int]:
+        """The same, after asking the kernel."""
+
+    def granted(self) -> int:
+        """The first ticket that was not granted yet."""
+
+    def revoke(self, reader: int, below: int) -> None:
+        """Take back every ticket of a reader under a number that it has not opened."""
 
 
 class HeaderWriter:
@@ -38,9 +54,7 @@ class HeaderWriter:
         base: where its slots start.
         slots: how many they are.
         ready: each reader's semaphore.
-        listening: the readers that can still take headers; asks the kernel.
-        granted: the first ticket that was not granted yet.
-        revoke: take back every ticket of a reader under a number that it has not opened.
+        audience: whoever knows the readers.
     """
 
     def __init__(
@@ -49,17 +63,13 @@ class HeaderWriter:
         base: int,
         slots: int,
         ready: Sequence[posix_ipc.Semaphore],
-        listening: Callable[[], Sequence[int]],
-        granted: Callable[[], int],
-        revoke: Callable[[int, int], None],
+        audience: Audience,
     ) -> None:
         self._control = control
         self._base = base
         self._slots = slots
         self._ready = ready
-        self._listening = listening
-        self._granted = granted
-        self._revoke = revoke
+        self._audience = audience
         # One for the header that a reader is reading, the others for tokens that interrupts have lost.
         self._margin = min(MARGIN, slots // 2)
         self._number = 0
@@ -73,13 +83,14 @@ class HeaderWriter:
         For one thread at a time. A signal handler may raise anywhere in it: then the header was posted to all or to
         none, once the next one is.
         """
-        listening = self._listening()
+        # The kernel is asked where a reader stays behind, not before: they all wait for this.
+        listening = self._audience.listening()
         deadline = time.monotonic() + wait
         skipped = tuple(reader for reader in listening if not self._has_room(reader, deadline))
         slot = self._number % self._slots
         for reader in skipped:
-            self._revoke(reader, self._below[slot])
-        self._below[slot] = self._granted()
+            self._audience.revoke(reader, self._below[slot])
+        self._below[slot] = self._audience.granted()
         at = self._base + slot * SLOT.size
         self._control[at : at + SLOT.size] = pack_slot(self._number, header)
         self._number += 1
@@ -104,7 +115,7 @@ class HeaderWriter:
         enough = self._slots // 2 if reader in self._behind else self._slots - self._margin
         while self._ready[reader].value >= enough:
             # One that was waited for in vain is not waited for again before it has caught up.
-            if reader in self._behind or time.monotonic() >= deadline or reader not in self._listening():
+            if reader in self._behind or time.monotonic() >= deadline or reader not in self._audience.still_listening():
                 self._behind.add(reader)
                 return False
             time.sleep(pause)
