@@ -196,6 +196,8 @@ class Requests:
 
     def _tidy(self) -> None:
         """After each call: do what was noted meanwhile, then, without a lock, drop results and tell of evictions."""
+        if self._noted.empty() and not self._dropped and not self._untold:
+            return
         with self._turn.free():
             while not self._noted.empty():
                 self._abort(self._noted.get_nowait())

@@ -110,7 +110,7 @@ class Stats:
             `header`: to send one header, or to wait for one (which begins when this rank is there, not the entry rank);
             `map`: to open one message and to rebuild its object;
             `take_wait`: in `take` of a `SchedulerBackend`.
-        batches: how many requests each batch had.
+        batches: how many requests each batch had; with spread work, each share of one.
         cache_hits: tensors that the content cache had, so that they were not copied again.
         cache_misses: tensors that it had not.
         cache_bytes_saved: bytes of its hits.
