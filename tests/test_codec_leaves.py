@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmcast._codec import Allow, Leaves, decode, encode
+from shmcast import _sent
+from shmcast._codec import Allow, Leaves, decode, encode, nbytes_of
 from shmcast._codec._table import join, split
 from shmcast.errors import EncodeError, LayoutError
 from tests.support import codec_types as kinds
@@ -413,3 +414,53 @@ def test_any_views_of_any_leaves(data: st.DataObject) -> None:
     assert pieces == 0
     for back, was in zip(result, fn(raw), strict=True):
         assert same(back, was)
+
+
+# What a request weighs before `fn` runs.
+
+
+SHARED = torch.zeros(10, dtype=torch.int64)
+SIZES: dict[str, tuple[Any, int]] = {
+    "nothing": (None, 0),
+    "a tensor": (torch.zeros(3, 5), 60),
+    "an array": (np.zeros((3, 5), np.int16), 30),
+    "a slice counts as what it shows": (torch.zeros(100, 10)[:3, ::2], 60),
+    "expanded": (torch.zeros(1).expand(1000), 4000),
+    "empty": ([torch.empty(0, 7), np.empty(0)], 0),
+    "the same twice": ({"a": SHARED, "b": [SHARED, SHARED]}, 80),
+    "two views of one": ([SHARED[:5], SHARED[5:]], 80),
+    "deep": ([({"x": [torch.zeros(2)]}, torch.zeros(3)), torch.zeros(1)], 24),
+    "no lists of numbers, text or bytes": ([list(range(5000)), "x" * 5000, b"x" * 5000], 0),
+    "dataclasses": (kinds.Item(kinds.Kind.IMAGE, feature=torch.zeros(7), model_specific_data={"g": SHARED}), 108),
+}
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_bytes_of_the_tensors(what: str) -> None:
+    raw, size = SIZES[what]
+    assert nbytes_of(raw) == size
+    assert nbytes_of([raw, {"again": raw}]) == size
+    assert _sent.size_of(raw) == size
+    assert _sent.weigh(raw) == (size, False)
+    assert _sent.weigh(raw, 7) == (7, False)
+
+
+def test_bytes_of_what_holds_itself() -> None:
+    raw: dict[str, Any] = {"a": torch.zeros(5)}
+    raw["self"] = [raw]
+    assert nbytes_of(raw) == 20
+
+
+def test_what_cannot_be_walked_weighs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(raw: object) -> int:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(_sent, "nbytes_of", fail)
+    monkeypatch.setattr(_sent, "is_hashed", fail)
+    assert _sent.size_of(SHARED) == 0
+    assert _sent.weigh(SHARED) == (0, False)
+
+
+def test_the_request_of_a_processor() -> None:
+    raw = request()
+    assert nbytes_of(raw) == sum(leaf.nbytes for leaf in Leaves.walk(raw).objects if hasattr(leaf, "nbytes"))

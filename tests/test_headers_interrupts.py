@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from shmcast import _headers
 from shmcast.errors import ClosedError, PeerDied
 from shmcast.transport import Reader, Writer
 from tests.test_headers import LONG, MISSED, SLOTS, everything, header, number_of, one_of_each, post, waiting
-from tests.test_lifetime import AT_ONCE
+from tests.test_lifetime import AT_ONCE, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,3 +182,20 @@ def test_a_receive_that_is_interrupted_at_any_line() -> None:
         if not reached:
             return
     pytest.fail("next_header has no end")
+
+
+def test_close_while_it_looks_whether_the_writer_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that this end looks through stays open until it has looked, or it is told of the close."""
+    with one_of_each() as (_, reader):
+        is_taken = _headers.is_taken  # type: ignore[attr-defined]
+
+        def close_first(fd: int, byte: int) -> bool:
+            closing = threading.Thread(target=reader.close)
+            closing.start()
+            until(lambda: reader._leases._headers is None or reader._leases._headers._closed, "it is being closed")
+            return bool(is_taken(fd, byte))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_headers, "is_taken", close_first)
+            with pytest.raises(ClosedError):
+                reader.next_header(LONG)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shmcast.digest import digest
-from shmcast.multimodal import Modality, MultimodalDataItem, MultimodalInputFormat, MultimodalInputs
+from shmcast.multimodal import Modality, MultimodalDataItem, MultimodalInputFormat, MultimodalInputs, is_hashed
 
 IMAGE = Modality.IMAGE
 
@@ -627,3 +627,54 @@ def test_items_with_tensors_are_not_merged_by_adding_them() -> None:
     with pytest.raises(TypeError, match=r"feature is <Tensor \(8, 12\)"):
         one.merge(other)
     assert torch.equal(torch.as_tensor(one.feature), pixels(0))
+
+
+# Whether the hashes are there.
+
+
+def test_a_request_carries_its_hashes_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_now(*args: object) -> int:
+        raise AssertionError("it computed a hash")
+
+    raw = raw_request()
+    lazy = raw_request()
+    MultimodalInputs.from_dict(lazy, lazy=True)
+    done = MultimodalInputs.from_dict(raw_request())
+    monkeypatch.setattr("shmcast.multimodal.digest_of", not_now)
+    assert not is_hashed(raw)
+    assert not is_hashed(lazy), "an unread hash is still to be computed"
+    assert is_hashed({"mm_items": done.mm_items})
+    assert is_hashed(done)
+    for item in raw["mm_items"][:-1]:
+        item.hash = 5
+    assert not is_hashed(raw), "all but one"
+    raw["mm_items"][-1].hash = 0
+    assert is_hashed(raw), "a hash of 0 is one"
+
+
+class Foreign:
+    """An item of an engine's own."""
+
+    def __init__(self, hash: int | None) -> None:
+        self.hash = hash
+
+
+@pytest.mark.parametrize(
+    ("raw", "hashed"),
+    [
+        ({"mm_items": [{"feature": 1, "hash": 7}, {"hash": 0}]}, True),
+        ({"mm_items": [{"feature": 1, "hash": 7}, {"hash": None}]}, False),
+        ({"mm_items": [{"feature": 1}]}, False),
+        ({"mm_items": [Foreign(1), Foreign(2)]}, True),
+        ({"mm_items": [Foreign(1), Foreign(None)]}, False),
+        ({"mm_items": [object()]}, False),
+        ({"mm_items": []}, False),
+        ({"mm_items": None}, False),
+        ({}, False),
+        (None, False),
+        ([1, 2], False),
+        ("text", False),
+    ],
+)
+def test_whatever_stands_for_a_request_carries_hashes_or_not(raw: Any, hashed: bool) -> None:
+    assert is_hashed(raw) is hashed

@@ -174,14 +174,39 @@ def test_a_header_of_something_else_is_given_back(what: dict[str, Any]) -> None:
 
 def test_looking_takes_nothing() -> None:
     with ends() as pair:
-        assert not pair.follower.ready(0.0)
+        assert not pair.follower.ready(1, 0.0)
         send(pair.entry, 1)
         send(pair.entry, 2)
-        assert pair.follower.ready(0.0)
-        assert pair.follower.ready(LONG)
+        assert pair.follower.ready(1, 0.0)
+        assert pair.follower.ready(1, LONG)
         assert [receive(pair.follower, number).sequence for number in (1, 2)] == [1, 2]
-        assert not pair.follower.ready(1e-3)
-        assert missed(pair.follower, 3) is Reason.LATE, "that one has looked is no reason to wait less"
+        assert not pair.follower.ready(3, 1e-3)
+
+
+def test_that_one_has_looked_is_no_reason_to_wait_less() -> None:
+    with ends(LONG) as pair:
+        asked: list[float] = []
+
+        def next_header(timeout: float) -> bytes | None:
+            asked.append(timeout)
+            raise TimeoutError
+
+        pair.reader.next_header = next_header  # type: ignore[method-assign]
+        assert not pair.follower.ready(1, 0.0)
+        assert missed(pair.follower, 1) is Reason.LATE
+        assert asked[-1] == pytest.approx(LONG, rel=0.5)
+
+
+def test_who_looks_waits_no_longer_than_he_was_told() -> None:
+    """A header of a call that was given up says nothing of this one, and is given back."""
+    with ends(LONG) as pair:
+        send(pair.entry, 1, pair.publish(1))
+        assert not pair.follower.ready(2, 0.0)
+        until(lambda: pair.held() == 0, "it is given back")
+        send(pair.entry, 3)
+        assert pair.follower.ready(2, LONG), "there is none of this call"
+        assert missed(pair.follower, 2) is Reason.MISSED
+        assert receive(pair.follower, 3).sequence == 3
 
 
 # The end.
@@ -192,7 +217,7 @@ def test_a_writer_that_is_gone_ends_the_plane_for_good() -> None:
         send(pair.entry, 1)
         pair.writer.close()
         assert receive(pair.follower, 1).sequence == 1, "what it had said is heard"
-        assert pair.follower.ready(LONG)
+        assert pair.follower.ready(2, LONG)
         for number in (2, 3):
             with pytest.raises(ControlBroken) as told:
                 receive(pair.follower, number)

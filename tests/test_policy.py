@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from shmcast._joining import check_ring
 from shmcast.policy import Environment, Policy, Route, read_environment
 
 
@@ -13,6 +14,7 @@ def test_by_default_nothing_is_local_or_inline() -> None:
     policy = Policy()
     assert policy.route is Route.AUTO
     assert (policy.threshold, policy.inline_max, policy.cache_bytes) == (0, 0, 0)
+    assert policy.local_below == 128 << 10
     assert policy.peers_hold_raw
     assert not policy.fn_keeps_leaves
     assert not policy.agree
@@ -31,7 +33,7 @@ def test_refuses_an_unknown_route(route: str) -> None:
         Policy(route=route)
 
 
-@pytest.mark.parametrize("name", ["threshold", "inline_max", "wait", "cache_bytes"])
+@pytest.mark.parametrize("name", ["threshold", "local_below", "inline_max", "wait", "cache_bytes"])
 def test_refuses_what_is_negative(name: str) -> None:
     for value in (-1, -(2**40), -math.inf):
         with pytest.raises(ValueError, match=rf"Policy\({name}={value}\): must be finite and not negative"):
@@ -51,8 +53,33 @@ def test_local_needs_raw_inputs_on_every_rank() -> None:
     for case in cases:
         with pytest.raises(ValueError, match=r"Policy\(route='local'\) needs raw inputs on every rank"):
             Policy(route="local", **case)
-        for route in ("auto", "shm", "inline"):
+        for route in ("auto", "shm", "inline", "pickle"):
             Policy(route=route, **case)
+
+
+def test_raw_has_nothing_to_agree_on() -> None:
+    with pytest.raises(ValueError, match=r"Policy\(route='raw'\) has every rank run fn"):
+        Policy(route="raw", agree=True)
+    assert Policy(route="raw", peers_hold_raw=False).route is Route.RAW
+
+
+@pytest.mark.parametrize(
+    ("policy", "asked"),
+    [
+        (Policy(route="inline"), r"route='inline'"),
+        (Policy(route="pickle"), r"route='pickle'"),
+        (Policy(agree=True), r"agree=True"),
+        (Policy(route="pickle", agree=True), r"agree=True"),
+    ],
+)
+def test_what_takes_collectives_is_not_for_a_ring(policy: Policy, asked: str) -> None:
+    with pytest.raises(ValueError, match=rf"Policy\({asked}\) takes collectives"):
+        check_ring(policy)
+
+
+@pytest.mark.parametrize("route", ["auto", "shm", "local", "raw"])
+def test_all_else_is(route: str) -> None:
+    check_ring(Policy(route=route, threshold=5, local_below=7, inline_max=9))
 
 
 def test_a_policy_does_not_change() -> None:

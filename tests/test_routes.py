@@ -36,6 +36,7 @@ RAW = Policy(route="raw")
 PICKLE = Policy(route="pickle")
 POLICIES = {
     "raw": RAW,
+    "raw, sends": Policy(route="raw", peers_hold_raw=False),
     "pickle": PICKLE,
     "pickle, sends": Policy(route="pickle", peers_hold_raw=False),
     "pickle, agree": Policy(route="pickle", agree=True),

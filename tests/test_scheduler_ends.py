@@ -1,7 +1,11 @@
 """How a SchedulerBackend begins and ends: settings, routes, groups, close with work in flight, fork, exit."""
 
 import os
+import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,9 +41,10 @@ def test_what_is_never_taken_leaves_nothing(ranks: Ranks, placement: str, contro
 
 
 def close_in_flight(rank: int, placement: str, control: str) -> list[Any]:
-    """All ranks close while `fn` runs on the first of several batches."""
+    """All ranks close while `fn` runs on the first of several batches, and a thread waits for one of the last."""
     started = threading.Event()
     told: list[Any] = []
+    makes = rank == 0 or placement == "spread"
     with gate() as (fn, go):
 
         def waiting(raw: Any) -> Any:
@@ -49,26 +54,34 @@ def close_in_flight(rank: int, placement: str, control: str) -> list[Any]:
         group = backend(placement, control, fn=waiting)
         for key in range(100, 104):
             group.submit([(key, raw(key)), (-key, raw(key))])
-        if rank == 0 or placement == "spread":
-            assert started.wait(LONG)
-        taking = threading.Thread(target=lambda: told.append(outcome(lambda: group.take(103))))
+        assert not makes or started.wait(LONG)
+        # Of two alike the first is made by rank 0, the second by rank 1, if each makes one.
+        mine = -103 if rank else 103
+        taking = threading.Thread(target=lambda: told.append(outcome(lambda: group.take(mine))))
         taking.start()
-        until(lambda: group.stats().pending == 8)
         closing = threading.Thread(target=group.close)
         closing.start()
-        taking.join()
+        until(lambda: group._closed)
+        if makes:
+            # `fn` still runs.
+            taking.join()
         go.set()
+        taking.join()
         closing.join()
         group.close()
+        # Another rank, of whose close it heard first, has run fn itself.
+        assert makes or same(told[0], made(103)) or told[0].kind is ClosedError
         calls = (lambda: group.submit([]), lambda: group.take(1), lambda: group.abort(1), group.stats)
         told += [outcome(call) for call in calls]
         dist.barrier()
-        return [each.kind for each in told]
+        return [each.kind for each in (told if makes else told[1:])]
 
 
 @every_way
 def test_close_with_work_in_flight_on_all_ranks(ranks: Ranks, placement: str, control: str) -> None:
-    assert ranks.run(2, close_in_flight, placement, control) == [[ClosedError] * 5] * 2
+    entry, other = ranks.run(2, close_in_flight, placement, control)
+    assert entry == [ClosedError] * 5
+    assert other == [ClosedError] * (5 if placement == "spread" else 4)
 
 
 def close_on_one(rank: int, placement: str, control: str, who: int) -> bool:
@@ -130,6 +143,66 @@ def fork(rank: int) -> int:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_has_no_backend(ranks: Ranks) -> None:
     assert ranks.run(2, fork) == [0, 0]
+
+
+SCRIPT = """
+    import sys, threading
+    import torch, torch.distributed as dist
+    from shmcast import Policy
+    from shmcast.scheduler import SchedulerBackend
+
+    rank, store, placement, control, end = int(sys.argv[1]), *sys.argv[2:]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    started = threading.Event()
+
+    def fn(raw):
+        started.set()
+        return {"a": raw["a"] * 2}
+
+    policy = Policy(route="shm", local_below=0)
+    group = SchedulerBackend(fn=fn, placement=placement, control=control, policy=policy)
+    for batch in range(20):
+        group.submit([((batch, key), {"a": torch.full((200_000,), key, dtype=torch.uint8)}) for key in range(4)])
+    kept = group.take((0, 1))
+    print(int(kept["a"][-1]))
+    if end == "raise":
+        raise SystemExit(0)
+    if end == "destroy":
+        dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("placement", "control", "end"),
+    [
+        ("entry", "ring", "return"),
+        ("spread", "ring", "raise"),
+        ("entry", "group", "raise"),
+        ("spread", "group", "destroy"),
+    ],
+)
+def test_an_interpreter_exits_quietly_with_work_in_flight(
+    tmp_path: Path, placement: str, control: str, end: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    store = str(tmp_path / "store")
+    names = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), store, placement, control, end],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=names,
+        )
+        for rank in range(2)
+    ]
+    told = [(*process.communicate(timeout=LONG), process.returncode) for process in processes]
+    for out, err, code in told:
+        assert (out, code) == ("2\n", 0)
+        # That the other one is gone may be said; that this one is, it knows.
+        assert all(line.startswith(("fallback (closed)", "fallback (control)")) for line in err.splitlines()), err
 
 
 # Settings.
@@ -317,6 +390,7 @@ def below(rank: int, control: str) -> list[Any]:
         ran.clear()
         group.submit([(10 + key, raw(key, 250)) for key in range(4)])
         assert all(same(group.take(10 + key), made(key, 250)) for key in range(4))
+        until(lambda: group.stats().times["header"].count > 0)
         dist.barrier()
         told += [len(ran), group.stats().times["header"].count]
         return told

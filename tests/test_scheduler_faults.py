@@ -155,7 +155,7 @@ class Sleeps:
 
 
 def fill_up(rank: int, folder: str) -> tuple[list[float], list[str]]:
-    """Rank 1 does not look at its headers; the others go on, in less memory than it leaves them."""
+    """Rank 1 does not look at its headers; rank 0 goes on, in less memory than it leaves."""
     clock = Sleeps()
     waited: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -164,7 +164,7 @@ def fill_up(rank: int, folder: str) -> tuple[list[float], list[str]]:
         with backend(policy=policy, capacity=2 * MIB, timeout=LONG) as group:
             dist.barrier()
             if rank == 1:
-                hear(folder, "done0", "done2")
+                hear(folder, "done0")
             for key in range(30):
                 group.submit([(key, raw(key))])
                 before = clock.now
@@ -182,7 +182,7 @@ def fill_up(rank: int, folder: str) -> tuple[list[float], list[str]]:
 
 def test_a_rank_that_does_not_look_costs_one_wait(ranks: Ranks, tmp_path: Any) -> None:
     """Then what it has not opened is taken back, and nothing waits for it again."""
-    (waited, routes), (_, _), (_, _) = ranks.run(3, fill_up, str(tmp_path))
+    (waited, routes), _ = ranks.run(2, fill_up, str(tmp_path))
     assert sum(seconds > 0.5 for seconds in waited) <= 1, waited
     assert sum(waited) < 2.0, "patched time: nothing sleeps but for memory"
     assert "shm" in routes
