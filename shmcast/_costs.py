@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 KEPT: Final = 15
 ENOUGH: Final = 3
 COLD: Final = 3
-EXPLORE: Final = 32
+EXPLORE: Final = 256
 SMALL: Final = 64 << 10
 
 # Until it was measured: a copy of 5 GB/s.
@@ -50,13 +50,16 @@ class Costs:
         self._lacked: deque[float] = deque(maxlen=KEPT)
         self._cold = COLD
         self._locals = 0
+        self._decided: dict[tuple[bool, int], bool] = {}
 
     def saw_fn(self, weight: Weight, seconds: float) -> None:
         """`fn` took this long on a request."""
+        self._decided.clear()
         self._fn.setdefault(weight.kind, deque(maxlen=KEPT)).append(seconds)
 
     def saw_publish(self, weight: Weight, travelled: int, seconds: float) -> None:
         """A message of `travelled` bytes that the other ranks lacked took this long to encode and put."""
+        self._decided.clear()
         if self._cold:
             self._cold -= 1
             return
@@ -71,16 +74,21 @@ class Costs:
 
     def chooses_local(self, weight: Weight) -> bool:
         """Whether every rank had better run `fn` itself. Every so often it says no all the same, to measure again."""
+        local = self._decided.get(weight.kind)
+        if local is None:
+            local = self._decided[weight.kind] = self._decide(weight)
+        self._locals += local
+        return local and self._locals % EXPLORE != 0
+
+    def _decide(self, weight: Weight) -> bool:
         fn = self._fn_time(weight)
         if fn is None or len(self._fixed) < ENOUGH:
             return False
         fixed = median(self._fixed)
-        publish = fixed + (median(self._lacked) if self._lacked else 1.0) * weight.nbytes * (
-            median(self._rate) if self._rate else RATE
-        )
-        local = self._others * fn < publish + self._others * fixed
-        self._locals += local
-        return local and self._locals % EXPLORE != 0
+        lacked = median(self._lacked) if self._lacked else 1.0
+        rate = median(self._rate) if self._rate else RATE
+        publish = fixed + lacked * weight.nbytes * rate
+        return self._others * fn < publish + self._others * fixed
 
     def _fn_time(self, weight: Weight) -> float | None:
         """Seconds that `fn` is likely to take, None where too little is known."""

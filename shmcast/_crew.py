@@ -40,6 +40,7 @@ class Crew:
         self._counters = counters
         self._planes: list[list[Plane]] = [[Alone()]]
         self._workers: list[Worker | Steward] = []
+        self.threads: frozenset[int | None] = frozenset()
         self.writer: Writer | None = None
         self.readers: list[Reader] = []
         self._sources: list[int] = []
@@ -75,6 +76,7 @@ class Crew:
                 self._workers.append(Steward(only, name, work))
             else:
                 self._workers.append(Worker(planes, name, work))
+        self.threads = frozenset(worker.thread for worker in self._workers)
 
     def put(self, batch: Batch) -> None:
         """Hand a batch to the threads that have to do with it."""
@@ -86,11 +88,6 @@ class Crew:
             for worker in self._workers:
                 worker.put(batch)
             raise
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the caller is one of the threads."""
-        return any(worker.is_current for worker in self._workers)
 
     def close(self, wait: float) -> None:
         """End the threads and the ends; `work.ending` is set. Waits at most `wait` seconds for a running `fn`."""

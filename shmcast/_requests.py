@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 REMEMBERED = 1000
 
+NOTHING = object()
 _ALL = object()
 
 
@@ -100,6 +101,7 @@ class Requests:
         self._turn = Turn()
         self._noted: SimpleQueue[Hashable] = SimpleQueue()
         self._by_key: dict[Hashable, deque[Request]] = {}
+        self._here: dict[Hashable, Any] = {}
         self._ready: dict[Request, None] = {}
         self._gone: dict[Hashable, str] = {}
         self._counted = 0
@@ -161,11 +163,29 @@ class Requests:
         self._tidy()
         return state, result
 
+    def keep(self, key: Hashable, raw: Any) -> bool:
+        """Take on a request that is `here` from the start, without a lock; False where its key is there already."""
+        free = key not in self._by_key and key not in self._here
+        if free:
+            self._check_open()
+            self._here[key] = raw
+        return free
+
+    def pop(self, key: Hashable) -> Any:
+        """The raw inputs of a request that was kept, which is gone then; `NOTHING` where there is none."""
+        if key not in self._here:
+            return NOTHING
+        self._check_open()
+        raw = self._here.pop(key, NOTHING)
+        if raw is not NOTHING:
+            self._went(key, "taken")
+        return raw
+
     def abort(self, key: Hashable) -> bool:
         """Drop every request of this key; whether there was any. Whoever waits for one gets `UnknownRequest`."""
         if self._turn.is_mine:
             self._noted.put(key)
-            return key in self._by_key
+            return key in self._by_key or key in self._here
         with self._turn.free():
             was = self._abort(key)
         self._tidy()
@@ -182,17 +202,21 @@ class Requests:
         self._tidy()
 
     def _abort(self, key: Hashable) -> bool:
+        kept = list(self._here) if key is _ALL else [key]
+        dropped = [each for each in kept if self._here.pop(each, NOTHING) is not NOTHING]
+        for each in dropped:
+            self._went(each, "aborted")
         queues = list(self._by_key.values()) if key is _ALL else [self._by_key.get(key, ())]
         found = [request for queue in queues for request in queue]
         self._dropped += [request.result for request in found]
         for request in found:
             self._remove(request, "aborted")
-        return bool(found)
+        return bool(found or dropped)
 
     def counts(self) -> tuple[int, int]:
         """How many requests were not taken, evicted ones too, and the bytes of shared memory that they pin."""
         # No lock, so that a signal handler may ask too: one dict is copied whole.
-        return sum(map(len, list(self._by_key.values()))), self._bytes
+        return len(self._here) + sum(map(len, list(self._by_key.values()))), self._bytes
 
     def _tidy(self) -> None:
         """After each call: do what was noted meanwhile, then, without a lock, drop results and tell of evictions."""
@@ -221,11 +245,14 @@ class Requests:
             self._ready.pop(request, None)
             self._bytes -= request.size
         request.state, request.result, request.size = State.GONE, None, 0
-        self._gone.pop(request.key, None)
-        self._gone[request.key] = became
-        if len(self._gone) > REMEMBERED:
-            del self._gone[next(iter(self._gone))]
+        self._went(request.key, became)
         request.announce()
+
+    def _went(self, key: Hashable, became: str) -> None:
+        self._gone.pop(key, None)
+        self._gone[key] = became
+        if len(self._gone) > REMEMBERED:
+            self._gone.pop(next(iter(list(self._gone))), None)
 
     def _evict(self) -> None:
         """Oldest first, in the order in which they became ready."""

@@ -213,9 +213,9 @@ class Worker:
         self._thread.start()
 
     @property
-    def is_current(self) -> bool:
-        """Whether the caller is this thread."""
-        return threading.current_thread() is self._thread
+    def thread(self) -> int | None:
+        """What `threading.get_ident` is in the thread."""
+        return self._thread.ident
 
     def put(self, batch: Batch) -> None:
         """Have a batch taken, on this thread where that takes no time; one that it was given before does nothing."""
@@ -233,7 +233,7 @@ class Worker:
 
     def join(self, deadline: float) -> None:
         """Wait for the thread to end, until `deadline` of the monotonic clock."""
-        if not self.is_current:
+        if threading.get_ident() != self.thread:
             self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _serve(self) -> None:
@@ -270,9 +270,9 @@ class Steward:
         self._thread.start()
 
     @property
-    def is_current(self) -> bool:
-        """Whether the caller is this thread."""
-        return threading.current_thread() is self._thread
+    def thread(self) -> int | None:
+        """What `threading.get_ident` is in the thread."""
+        return self._thread.ident
 
     def put(self, batch: Batch) -> None:
         """Expect a batch; one that it was given before does nothing."""
@@ -283,14 +283,19 @@ class Steward:
             # The thread says that it sleeps, and then looks for batches; we do it the other way round.
             if self._asleep:
                 self._rouse.put(None)
+            self._advance(None, 0.0)
 
     def help(self, request: Request, timeout: float) -> None:
         """Take headers until `request` is settled, for at most `timeout` seconds and `DELAY`."""
+        self._advance(request, min(timeout, DELAY))
+
+    def _advance(self, request: Request | None, timeout: float) -> None:
+        """Take the headers that come within `timeout` seconds, until `request` is settled; without one, all of them."""
         if not self._turn.acquire(blocking=False):
             return
         try:
-            end = time.monotonic() + min(timeout, DELAY)
-            while request.state is State.PENDING and self._batches:
+            end = time.monotonic() + timeout
+            while self._batches and (request is None or request.state is State.PENDING):
                 batch = self._batches[0]
                 if batch.number > self._last:
                     if not self._plane.receive(batch, self._work, max(0.0, end - time.monotonic())):
@@ -307,7 +312,7 @@ class Steward:
 
     def join(self, deadline: float) -> None:
         """Wait for the thread to end, until `deadline` of the monotonic clock."""
-        if not self.is_current:
+        if threading.get_ident() != self.thread:
             self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _serve(self) -> None:
@@ -319,18 +324,19 @@ class Steward:
             self._look_in()
 
     def _look_in(self) -> None:
-        """Take over a batch that was expected a `DELAY` ago already."""
-        first = self._batches[0] if self._batches else None
+        """Take over the batches that were expected a `DELAY` ago already."""
+        expected = list(self._batches)
         with suppress(Empty):
             self._rouse.get(timeout=DELAY)
-        if first is None or self._ending:
-            return
-        with self._turn:
-            if self._batches and self._batches[0] is first:
-                if first.number > self._last:
-                    take(self._plane, first, self._work)
-                    self._last = first.number
-                self._finish(first)
+        for batch in expected:
+            with self._turn:
+                if self._ending:
+                    return
+                if self._batches and self._batches[0] is batch:
+                    if batch.number > self._last:
+                        take(self._plane, batch, self._work)
+                        self._last = batch.number
+                    self._finish(batch)
 
     def _finish(self, batch: Batch) -> None:
         self._work.leave(self._plane.share(batch))

@@ -60,7 +60,7 @@ def backend(placement: str = "entry", control: str = "ring", **how: Any) -> Sche
 
 
 def settled(backend: SchedulerBackend) -> None:
-    """Nothing of what was handed in is left: no lease on either side, no block."""
+    """Nothing of what was handed in is left: no lease on either side, no block. Every rank calls it."""
 
     def nothing_left() -> bool:
         gc.collect()
@@ -69,6 +69,8 @@ def settled(backend: SchedulerBackend) -> None:
 
     until(nothing_left)
     assert (backend.stats().pending, backend.stats().pending_bytes) == (0, 0)
+    # A rank that closes gives everything back.
+    dist.barrier()
 
 
 # Every rank has every object.

@@ -152,11 +152,14 @@ def nbytes_of(raw: object) -> int:
             continue
         seen.add(id(value))
         if kind is torch.Tensor or kind is np.ndarray:
-            total += _nbytes(value)
+            total += value.nbytes  # type: ignore[attr-defined]
         elif kind is dict:
-            pending.extend(cast("dict[Any, Any]", value).values())
-        elif not _is_leaf(value):
-            pending.extend(_inside(value) or ())
+            pending += cast("dict[Any, Any]", value).values()
+        elif kind is list:
+            if not _is_leaf(value):
+                pending += cast("list[Any]", value)
+        elif kind is not bytes:
+            pending += _inside(value) or ()
     return total
 
 
