@@ -283,19 +283,14 @@ class Steward:
             # The thread says that it sleeps, and then looks for batches; we do it the other way round.
             if self._asleep:
                 self._rouse.put(None)
-            self._advance(None, 0.0)
 
     def help(self, request: Request, timeout: float) -> None:
         """Take headers until `request` is settled, for at most `timeout` seconds and `DELAY`."""
-        self._advance(request, min(timeout, DELAY))
-
-    def _advance(self, request: Request | None, timeout: float) -> None:
-        """Take the headers that come within `timeout` seconds, until `request` is settled; without one, all of them."""
         if not self._turn.acquire(blocking=False):
             return
         try:
-            end = time.monotonic() + timeout
-            while self._batches and (request is None or request.state is State.PENDING):
+            end = time.monotonic() + min(timeout, DELAY)
+            while self._batches and request.state is State.PENDING:
                 batch = self._batches[0]
                 if batch.number > self._last:
                     if not self._plane.receive(batch, self._work, max(0.0, end - time.monotonic())):
