@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import posix_ipc
 
@@ -21,7 +21,9 @@ from shmcast.errors import ClosedError, PeerDied
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
 
 SPIN: Final = 50e-6
 BRIEF: Final = 200e-6
@@ -192,6 +194,7 @@ class HeaderReader:
         """
         with self._lock:
             ready = self._open()
+            at = self._base + self._number % self._slots * SLOT.size
             try:
                 ready.acquire(timeout)
             except (posix_ipc.BusyError, posix_ipc.SignalError):
@@ -200,14 +203,23 @@ class HeaderReader:
             except (posix_ipc.Error, ValueError):
                 self._open()  # a signal handler has closed it in between
                 raise
-            self._open()
-            slot = parse_slot(os.pread(self._fd, SLOT.size, self._base + self._number % self._slots * SLOT.size))
+            slot = parse_slot(self._look(lambda fd: os.pread(fd, SLOT.size, at)))
             return slot if slot is not None and slot.number >= self._number else None
 
     def _writer_lives(self) -> bool:
         with self._lock:
+            return self._look(lambda fd: is_taken(fd, WRITER_BYTE))
+
+    def _look(self, at: Callable[[int], T]) -> T:
+        """What the control segment shows; `ClosedError` where a signal handler closed this end before that was done."""
+        self._open()
+        try:
+            seen = at(self._fd)
+        except OSError:
             self._open()
-            return is_taken(self._fd, WRITER_BYTE)
+            raise
+        self._open()
+        return seen
 
     def _open(self) -> posix_ipc.Semaphore:
         ready = self._ready

@@ -199,3 +199,15 @@ def test_close_while_it_looks_whether_the_writer_lives(monkeypatch: pytest.Monke
             patch.setattr(_headers, "is_taken", close_first)
             with pytest.raises(ClosedError):
                 reader.next_header(LONG)
+
+
+def test_a_receive_that_meets_close_at_any_line() -> None:
+    """A handler that closes this end in the middle of `next_header`."""
+    for nth in range(1, 200):
+        with one_of_each(capacity=1 << 14) as (_, reader):
+            close = reader._leases.headers().close
+            told, reached = at_line(lambda r=reader: r.next_header(0.01), "_headers.py", nth, close)  # type: ignore[misc]
+            assert type(told) in (ClosedError, TimeoutError)
+        if not reached:
+            return
+    pytest.fail("next_header has no end")
