@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
+import weakref
 from bisect import bisect_left
 from collections import Counter
 from contextlib import ContextDecorator
@@ -183,10 +185,11 @@ def _add(parts: Iterable[Histogram]) -> Histogram:
 
 
 class Counters:
-    """Counts from any thread."""
+    """Counts from any thread, from a signal handler in the middle of a count, and in a forked child."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        _live.add(self)
+        self._lock = threading.RLock()
         self._messages: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
@@ -292,3 +295,15 @@ class Timed(ContextDecorator):
     def _recreate_cm(self) -> Timed:
         # What ContextDecorator asks for: calls of one function may overlap.
         return Timed(self._counters, self._name)
+
+
+_live: weakref.WeakSet[Counters] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    """In a forked child: a thread that is not here may have held the lock."""
+    for counters in list(_live):
+        counters._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget)

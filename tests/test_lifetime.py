@@ -695,8 +695,8 @@ def _under_locks(writer: Writer, reader: Reader, use: Callable[[], object]) -> s
         reader._leases._lock,
         reader._leases._outbox._lock,
         reader._counters._lock,
-        writer._arena._lock,
-        writer._arena._growing,
+        writer._arena._lock._lock,
+        writer._arena._growing._lock,
         writer._counters._lock,
     ]
     held, enough = threading.Event(), threading.Event()

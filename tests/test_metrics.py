@@ -300,3 +300,11 @@ def test_fn_is_timed_where_there_is_no_group() -> None:
         assert group.materialize(2, double) == 4
         assert len(group.materialize_batch([1, -2], double)) == 2
         assert counts(group) == {"materialize": 3, BATCH: 1}
+
+
+def test_a_handler_in_the_middle_of_a_count_counts_too() -> None:
+    counters = Counters()
+    with counters._lock:
+        counters.message("shm", 1)
+        counters.fallback("missed")
+    assert (counters.stats().messages, counters.stats().fallbacks) == (1, {"missed": 1})
