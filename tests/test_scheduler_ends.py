@@ -418,5 +418,5 @@ def hashed(rank: int, known: bool) -> int:
 
 def test_auto_runs_fn_everywhere_where_the_hash_is_known(ranks: Ranks) -> None:
     entry, other = ranks.run(2, hashed, True)
-    assert entry == other
-    assert entry >= 10
+    # Once it knows that fn takes next to nothing, the other rank does not wait for what the header says.
+    assert other >= entry >= 10
