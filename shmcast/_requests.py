@@ -12,7 +12,7 @@ Nothing of this is known to the other ranks, and nothing of it decides what a ra
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from contextlib import suppress
 from enum import Enum
 from queue import SimpleQueue
@@ -103,7 +103,7 @@ class Requests:
         self._by_key: dict[Hashable, deque[Request]] = {}
         self._here: dict[Hashable, Any] = {}
         self._ready: dict[Request, None] = {}
-        self._gone: dict[Hashable, str] = {}
+        self._gone: OrderedDict[Hashable, str] = OrderedDict()
         self._counted = 0
         self._bytes = 0
         self._closed = False
@@ -252,7 +252,7 @@ class Requests:
         self._gone.pop(key, None)
         self._gone[key] = became
         if len(self._gone) > REMEMBERED:
-            self._gone.pop(next(iter(list(self._gone))), None)
+            self._gone.popitem(last=False)
 
     def _evict(self) -> None:
         """Oldest first, in the order in which they became ready."""
