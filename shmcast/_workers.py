@@ -179,6 +179,8 @@ class Shared(Plane):
 
     def _run(self, batch: Batch, work: Work, *, lazy: bool) -> None:
         share = self.share(batch)
+        # No fn for those that did not wait for this.
+        lazy = lazy or all(request.state is not State.PENDING for request in share)
         with self._control.turn(Call.BATCH, batch.number, batch.digest):
             results = self._materialize(share, work, lazy=lazy)
         for request, result in zip(share, results, strict=True):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shmcast import Modality, MultimodalDataItem, Policy, Route
+from shmcast import Modality, MultimodalDataItem, MultimodalInputs, Policy, Route
 from shmcast._costs import COLD, ENOUGH
 from shmcast.errors import ClosedError, ShmcastError
 from shmcast.scheduler import SchedulerBackend
@@ -403,8 +403,15 @@ def test_small_batches_run_here_without_a_header(ranks: Ranks, control: str) -> 
 
 def hashed(rank: int, known: bool) -> int:
     """Inputs of 1 MiB, with their hash or without; how many requests went by `local` among the last."""
-    with SchedulerBackend() as group:
-        for key in range(COLD + ENOUGH + 12):
+    count = COLD + ENOUGH + 12
+    ran: list[object] = []
+
+    def fn(raw: Any) -> Any:
+        ran.append(raw)
+        return MultimodalInputs.from_dict(raw)
+
+    with SchedulerBackend(fn=fn) as group:
+        for key in range(count):
             item = MultimodalDataItem(Modality.IMAGE, feature=torch.full((1 << 20,), key, dtype=torch.uint8))
             if known:
                 item.hash = 7 + key
@@ -413,7 +420,11 @@ def hashed(rank: int, known: bool) -> int:
             assert not known or got.mm_items[0].hash == 7 + key
             assert (got.mm_items[0].feature == key).all()
         dist.barrier()
-        return group.stats().routes["local"].messages if "local" in group.stats().routes else 0
+        if rank:
+            until(lambda: group.stats().times["header"].count == count)
+        local = group.stats().routes["local"].messages if "local" in group.stats().routes else 0
+    assert len(ran) <= count
+    return local
 
 
 def test_auto_runs_fn_everywhere_where_the_hash_is_known(ranks: Ranks) -> None:
