@@ -40,7 +40,9 @@ from shmcast._layout import (
     write_long,
     write_word,
 )
+from shmcast._names import Names
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
+from shmcast._points import Point, nowhere
 from shmcast._ring import Inbox, Peer, fence
 from shmcast._room import default_capacity
 from shmcast._segment import STEP, Segment
@@ -53,8 +55,7 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Hashable, Iterable
 
-IDLE_POLLS = 600
-LONGEST_PAUSE = 0.1
+    from shmcast._points import Reached
 
 
 class Arena:
@@ -68,6 +69,7 @@ class Arena:
         clock: Callable[[], float] = time.monotonic,
         slots: int = 0,
         cache_bytes: int = 0,
+        reached: Reached = nowhere,
     ) -> None:
         """Raises `ArenaFull` where there is no shared memory to be had, `OSError` where the system refuses it.
 
@@ -76,6 +78,7 @@ class Arena:
         self.address = Address(secrets.token_bytes(TOKEN_BYTES), rank, readers)
         self.capacity = default_capacity() if capacity is None else capacity
         self.clock = clock
+        self.reached = reached
         self._lock = Turn()
         self._growing = Turn()
         self._stop = threading.Event()
@@ -86,7 +89,7 @@ class Arena:
         self._withdrawn: SimpleQueue[Handle] = SimpleQueue()
         self._segments: list[Segment] = []
         self._retired: set[int] = set()
-        self._named: list[Segment] = []
+        self._names = Names(self.address, self.drain, self._stop, reached)
         self._slots = slots
         self.headers: HeaderWriter | None = None
         self._floors = [0] * readers
@@ -95,16 +98,15 @@ class Arena:
         self._control = self._create_control(readers)
         self._seat: Seat | None = None
         self._peers: tuple[Peer, ...] = ()
-        self._idle: threading.Thread | None = None
-        self._polls = 0
         try:
             self._seat = Seat(self._control.fd, WRITER_BYTE)
             for i in range(readers):
                 self._peers += (self._create_peer(i),)
+                reached(Point.CREATED)
             if slots:
                 self.headers = self._make_headers()
             self._add_segment(min(self.capacity, STEP))
-            self._watch_names()
+            self._names.watch()
         except BaseException:
             self.close()
             raise
@@ -227,7 +229,7 @@ class Arena:
     def _make_headers(self) -> HeaderWriter:
         base = slots_offset(self.address.readers, RING_ENTRIES)
         ready = [peer.ready for peer in self._peers if peer.ready is not None]
-        return HeaderWriter(self._control.map, base, self._slots, ready, self)
+        return HeaderWriter(self._control.map, base, self._slots, ready, self, self.reached)
 
     def listening(self) -> list[int]:
         """The readers that can still open what is published, as far as `reclaim` knows."""
@@ -310,16 +312,13 @@ class Arena:
     @property
     def named(self) -> int:
         """How many segments still have a name in /dev/shm."""
-        return len(self._named)
+        return len(self._names)
 
     def close(self) -> None:
         """Unlink what still has a name, give up the lock; what readers have mapped stays with them."""
         self._stop.set()
         with self._lock.free():
-            self._unlink_semaphores()
-            for segment in self._named:
-                segment.unlink()
-            self._named.clear()
+            self._names.unlink_all()
             if self._seat is not None:
                 self._seat.release()
             for segment in (self._control, *self._segments):
@@ -337,7 +336,7 @@ class Arena:
             Kind.CONTROL, self.address.token, self.address.rank, 0, size, readers, RING_ENTRIES, self._slots
         )
         segment = _segment.create(self.address.control, header)
-        self._named.append(segment)
+        self._names.add(segment)
         return segment
 
     def _create_peer(self, reader: int) -> Peer:
@@ -358,9 +357,15 @@ class Arena:
         size = max(2 * PAGE, size // PAGE * PAGE)
         header = SegmentHeader(Kind.ARENA, self.address.token, self.address.rank, number, size)
         segment = _segment.create(self.address.segment(number), header)
+        try:
+            self.reached(Point.GROWN)
+        except BaseException:
+            segment.unlink()
+            segment.drop()
+            raise
         with self._lock.free():
             self._segments.append(segment)
-            self._named.append(segment)
+            self._names.add(segment)
             self._blocks.add(number, size, usable=number == 0)
             write_word(self._control.map, SEGMENTS_OFFSET, number + 1)
             self._update_segments()
@@ -390,7 +395,7 @@ class Arena:
             for peer in self._peers:
                 with suppress(OSError):
                     peer.wake.release()
-            self._watch_names()
+            self._names.watch()
             return "a new segment waits for a reader to map it"
 
     # What readers say. All of these run under the lock.
@@ -454,41 +459,10 @@ class Arena:
             # A reader that has not come yet maps what exists when it comes, or fails to come.
             ready = all(number in peer.mapped for peer in self._peers if peer.listens and peer.mapped)
             self._blocks.set_usable(number, ready and number not in self._retired)
-        if self._named and self._named[0] is self._control and self._mapped_by_all(0):
-            self._unlink_semaphores()
-        for segment in list(self._named):
-            if self._mapped_by_all(segment.header.number):
-                segment.unlink()
-                self._named.remove(segment)
+        self._names.unlink_mapped(self._mapped_by_all)
 
     def _mapped_by_all(self, number: int) -> bool:
         return all(number in peer.mapped or number in self._retired for peer in self._peers if peer.listens)
-
-    def _unlink_semaphores(self) -> None:
-        """Before the control segment's name goes: who finds that name finds every semaphore that may exist."""
-        if not self._named or self._named[0] is not self._control:
-            return
-        for i in range(self.address.readers):
-            for name in (self.address.posted(i), self.address.wake(i), self.address.ready(i)):
-                with suppress(posix_ipc.ExistentialError):
-                    posix_ipc.unlink_semaphore(name)
-
-    def _watch_names(self) -> None:
-        """Have the idle thread look after the names there are."""
-        self._polls = 0
-        if self._idle is None or not self._idle.is_alive():
-            self._idle = threading.Thread(target=self._unlink_when_mapped, name="shmcast-unlink", daemon=True)
-            self._idle.start()
-
-    def _unlink_when_mapped(self) -> None:
-        """An idle writer hears its readers too: until no name is left, and not for ever."""
-        pause = 1e-3
-        while self._polls < IDLE_POLLS:
-            self._polls += 1
-            if not self._named or self._stop.wait(pause):
-                return
-            self.drain()
-            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _explain(self, length: int, wait: float, trouble: str) -> str:
         held = self.held()

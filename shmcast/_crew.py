@@ -18,6 +18,7 @@ from shmcast._follower import Follower
 from shmcast._joining import Offer, Settings, attach, join
 from shmcast._layout import HEADER_SLOTS
 from shmcast._planes import GatherControl, Gathered, RingControl
+from shmcast._points import Point
 from shmcast._room import default_capacity
 from shmcast._sent import describe
 from shmcast._workers import Alone, Batch, Plane, Shared, Steward, Work, Worker
@@ -121,6 +122,7 @@ class Crew:
                 policy=settings.policy,
                 rank=control.rank,
                 slots=HEADER_SLOTS if settings.control == "ring" else 0,
+                reached=settings.reached,
             )
         except (ArenaFull, OSError) as error:
             return replace(offer, trouble=describe(error))
@@ -135,6 +137,7 @@ class Crew:
                 if src != control.rank and offer.address:
                     self._sources.append(src)
                     self.readers.append(attach(offer.address, control.rank, src, settings))
+            settings.reached(Point.JOINING)
         except Exception as error:
             return describe(error)
         return ""
@@ -165,9 +168,9 @@ class Crew:
         policy, allow = settings.policy, Allow(settings.allow)
         made: Entry | Follower
         if isinstance(end, Writer):
-            made = Entry(control, end, policy, allow, self._counters)
+            made = Entry(control, end, policy, allow, self._counters, settings.reached)
         else:
-            made = Follower(control, end, policy, allow, self._counters)
+            made = Follower(control, end, policy, allow, self._counters, settings.reached)
         return Shared(control, made, policy, always=always)
 
     def _leave_shared_memory(self, why: str) -> None:

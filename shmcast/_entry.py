@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from shmcast._codec import Allow, Encoded, Leaves, encode
 from shmcast._control import Control, ControlBroken
 from shmcast._costs import Costs, Weight
+from shmcast._points import Point, nowhere
 from shmcast._sent import Deliver, R, Sent, T, attempt, describe, ignore, index_of, note, pickled, walk, weigh
 from shmcast._wire import CHOICES, Handle, HeaderRoute, Reason
 from shmcast.errors import ArenaFull, ClosedError, MaterializeError, PeerDied, ShmcastError
@@ -18,6 +19,7 @@ from shmcast.transport import Writer, pack_inline
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from shmcast._points import Reached
     from shmcast.metrics import Counters
 
 
@@ -51,7 +53,13 @@ class Entry:
     """The sending end of a group's collectives. `writer` is None where the group does without shared memory."""
 
     def __init__(
-        self, control: Control, writer: Writer | None, policy: Policy, allow: Allow, counters: Counters
+        self,
+        control: Control,
+        writer: Writer | None,
+        policy: Policy,
+        allow: Allow,
+        counters: Counters,
+        reached: Reached = nowhere,
     ) -> None:
         self._control: Control = control
         self._writer = writer
@@ -59,6 +67,7 @@ class Entry:
         self._costs = Costs(control.size)
         self._allow = allow
         self._counters = counters
+        self._reached = reached
         # Whether a rank may run `fn` itself.
         self._heals = policy.peers_hold_raw and not policy.agree
         self._owing = False
@@ -305,6 +314,7 @@ class Entry:
             self._owing = False
             with self._counters.timed("header"):
                 self._control.send(sent.header())
+            self._reached(Point.SENT)
             if sent.inline is not None:
                 self._control.send_tensor(sent.inline)
         except BaseException:

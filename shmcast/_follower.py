@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from shmcast._control import Control, ControlBroken, NoHeader
+from shmcast._points import Point, nowhere
 from shmcast._sent import HERE, Deliver, R, Sent, T, attempt, ignore, note, parse_index, unpickled, walk
 from shmcast._wire import CHOICES, HeaderRoute, Reason
 from shmcast.errors import ClosedError, LayoutError, MaterializeError, PeerDied, ShmcastError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from shmcast._codec import Allow, Leaves
+    from shmcast._points import Reached
     from shmcast.metrics import Counters
 
 
@@ -36,13 +38,20 @@ class Follower:
     """The receiving end of a group's collectives. `reader` is None where the group does without shared memory."""
 
     def __init__(
-        self, control: Control, reader: Reader | None, policy: Policy, allow: Allow, counters: Counters
+        self,
+        control: Control,
+        reader: Reader | None,
+        policy: Policy,
+        allow: Allow,
+        counters: Counters,
+        reached: Reached = nowhere,
     ) -> None:
         self._control = control
         self._reader = reader
         self._policy = policy
         self._allow = allow
         self._counters = counters
+        self._reached = reached
         # Whether this rank may run `fn` itself.
         self._heals = policy.peers_hold_raw and not policy.agree
         self._writer_lived: bool | None = None
@@ -108,6 +117,7 @@ class Follower:
     def _receive(self) -> Sent:
         with self._counters.timed("header"):
             header = self._control.receive()
+        self._reached(Point.RECEIVED)
         inline = None
         if header.route in (HeaderRoute.INLINE, HeaderRoute.PICKLE):
             inline = self._control.receive_tensor(header.length)

@@ -17,11 +17,14 @@ import posix_ipc
 
 from shmcast._layout import SLOT, Slot, pack_slot, parse_slot
 from shmcast._peers import WRITER_BYTE, is_taken
+from shmcast._points import Point, nowhere
 from shmcast.errors import ClosedError, PeerDied
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Sequence
+
+    from shmcast._points import Reached
 
 T = TypeVar("T")
 
@@ -66,8 +69,10 @@ class HeaderWriter:
         slots: int,
         ready: Sequence[posix_ipc.Semaphore],
         audience: Audience,
+        reached: Reached = nowhere,
     ) -> None:
         self._control = control
+        self._reached = reached
         self._base = base
         self._slots = slots
         self._ready = ready
@@ -96,6 +101,7 @@ class HeaderWriter:
         at = self._base + slot * SLOT.size
         self._control[at : at + SLOT.size] = pack_slot(self._number, header)
         self._number += 1
+        self._reached(Point.POSTING)
         for reader in listening:
             while self._tokens[reader] < self._number:
                 self._tokens[reader] += 1

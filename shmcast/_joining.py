@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcast._codec import Allow
 from shmcast._layout import VERSION
+from shmcast._points import nowhere
 from shmcast._wire import Address
 from shmcast.errors import LayoutError, ShmcastError
 from shmcast.policy import Policy, Route, read_environment
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from shmcast._control import GroupControl
+    from shmcast._points import Reached
     from shmcast._segment import Isolation
 
 TEXT = 400
@@ -83,6 +85,7 @@ class Settings(NamedTuple):
     policy: Policy
     allow: Any  # checked here: an iterable of classes and package names, then a tuple
     timeout: float
+    reached: Reached = nowhere
     disabled: bool = False
 
     def check(self, size: int) -> Settings:
@@ -151,7 +154,13 @@ def patience(timeout: object, default: float) -> float:
 def attach(address: str, rank: int, src: int, settings: Settings) -> Reader:
     """The reader of rank `rank` on the writer of rank `src`, from the address in its offer."""
     writer = Address.parse(bytes.fromhex(address))
-    return Reader(writer, rank - (rank > src), isolation=settings.isolation, allow=settings.allow)
+    return Reader(
+        writer,
+        rank - (rank > src),
+        isolation=settings.isolation,
+        allow=settings.allow,
+        reached=settings.reached,
+    )
 
 
 def join(control: GroupControl, offer: Offer, attach: Callable[[list[Offer]], str]) -> Verdict:

@@ -51,13 +51,15 @@ from shmcast._layout import (
 )
 from shmcast._pages import MADV_POPULATE_READ, PrivatePages, populate
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
-from shmcast._ring import Outbox, acquire_all, fence, wait
-from shmcast.errors import ClosedError, LayoutError, PeerDied, ShmcastError, StaleHandle
+from shmcast._points import Point, nowhere
+from shmcast._ring import Outbox, acquire_all, fence, open_semaphore, wait
+from shmcast.errors import ClosedError, LayoutError, ShmcastError, StaleHandle
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable
 
+    from shmcast._points import Reached
     from shmcast._segment import Isolation, Segment
     from shmcast._wire import Address, Handle
 
@@ -111,9 +113,10 @@ class Opened(NamedTuple):
 class Leases:
     """Reader `index` of the writer at `address`; safe to use from any thread."""
 
-    def __init__(self, address: Address, index: int, isolation: Isolation) -> None:
+    def __init__(self, address: Address, index: int, isolation: Isolation, reached: Reached = nowhere) -> None:
         self._address = address
         self._isolation: Isolation = isolation
+        self._reached = reached
         self._lock = threading.RLock()
         self._ended: SimpleQueue[Lease] = SimpleQueue()
         self._held: set[Lease] = set()
@@ -122,7 +125,7 @@ class Leases:
         self._segments: list[Segment | None] = []
         self._unsent: deque[tuple[EntryKind, int]] = deque()
         self._floor = 0
-        self._closing = False
+        self._closing = self._left = False
         self.index = index
         self.inherited = False
         with ExitStack() as undo:
@@ -130,15 +133,15 @@ class Leases:
             undo.callback(self._ring.drop)
             self._seat = self._take_seat()
             undo.callback(self._seat.release)
-            self._posted = _open_semaphore(address.posted(index))
+            self._posted = open_semaphore(address.posted(index))
             undo.callback(self._posted.close)
-            self._wake = _open_semaphore(address.wake(index))
+            self._wake = open_semaphore(address.wake(index))
             undo.callback(self._wake.close)
             self._headers: HeaderReader | None = None
             if self._ring.header.slots:
                 self._headers = self._join_headers()
                 undo.callback(self._headers.close)
-            self._outbox = Outbox(self._ring.map, self._ring.header.entries, self._posted)
+            self._outbox = Outbox(self._ring.map, self._ring.header.entries, self._posted, reached)
             self._pages = PrivatePages()
             undo.callback(self._pages.close)
             undo.callback(self._drop_segments)
@@ -158,6 +161,7 @@ class Leases:
         hold = self._take(handle)
         try:
             lease = hold.lease
+            self._reached(Point.TAKEN)
             # The writer finds our OPENED, or we find its mark (withdraw) or our floor raised (revoke).
             fence()
             if lease.ticket < self._revoked():
@@ -224,10 +228,12 @@ class Leases:
         if self.inherited:
             return
         with self._lock:
-            if self._closing:
-                return
             self._closing = True
+            if self._left:
+                return
+            self._reached(Point.LEAVING)
             self._post_later(EntryKind.DISCARDED, NEVER)
+            self._left = True
         if self._headers is not None:
             self._headers.close()
 
@@ -373,6 +379,7 @@ class Leases:
             # A page that cannot be dropped would show the next message stale bytes: this place is never given back.
             log.warning("reader %d: pages of %s cannot be dropped, its memory stays taken", self.index, lease.shared)
             return
+        self._reached(Point.RELEASING)
         for where in lease.shared:
             self._shared.pop((where.segment, where.offset), None)
         self._held.discard(lease)
@@ -425,15 +432,19 @@ class Leases:
             seat = Seat(self._ring.fd, self.index)
         except BlockingIOError:
             raise taken from None
-        if RING_HEAD.unpack_from(self._ring.map)[0]:
+        try:
+            if RING_HEAD.unpack_from(self._ring.map)[0]:
+                raise taken
+            self._reached(Point.SEATED)
+            write_word(self._ring.map, 0, 1)
+        except BaseException:
             seat.release()
-            raise taken
-        write_word(self._ring.map, 0, 1)
+            raise
         return seat
 
     def _join_headers(self) -> HeaderReader:
         header = self._ring.header
-        ready = _open_semaphore(self._address.ready(self.index))
+        ready = open_semaphore(self._address.ready(self.index))
         # A descriptor of its own: another thread may be in `receive` while this reader is dismantled.
         fd = os.dup(self._ring.fd)
         return HeaderReader(fd, slots_offset(header.readers, header.entries), header.slots, ready)
@@ -447,6 +458,7 @@ class Leases:
                 segment = self._attach(number, first=first)
                 self._segments.append(segment)
                 self._unsent.append((EntryKind.MAPPED if segment else EntryKind.BAD, number))
+                self._reached(Point.MAPPED)
             self._send()
             new = self._segments[known:]
         for segment in new:
@@ -473,15 +485,6 @@ class Leases:
             if segment is not None:
                 segment.drop()
         self._segments.clear()
-
-
-def _open_semaphore(name: str) -> posix_ipc.Semaphore:
-    try:
-        return posix_ipc.Semaphore(name)
-    except posix_ipc.Error as error:
-        raise PeerDied(
-            f"no semaphore {name}: its writer is gone, or has no room for another reader ({error})"
-        ) from None
 
 
 def _forget() -> None:

@@ -13,20 +13,24 @@ from typing import TYPE_CHECKING
 import posix_ipc
 
 from shmcast._layout import RING_HEAD, Entry, EntryKind, parse_entry, write_entry
-from shmcast.errors import LayoutError
+from shmcast._points import Point, nowhere
+from shmcast.errors import LayoutError, PeerDied
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterator
 
+    from shmcast._points import Reached
+
 
 class Outbox:
     """The reader's end of its ring."""
 
-    def __init__(self, ring: mmap.mmap, entries: int, posted: posix_ipc.Semaphore) -> None:
+    def __init__(self, ring: mmap.mmap, entries: int, posted: posix_ipc.Semaphore, reached: Reached = nowhere) -> None:
         self._ring = ring
         self._entries = entries
         self._posted = posted
+        self._reached = reached
         self._seq = 0
         self._tokens = 0
         self._lock = threading.Lock()
@@ -44,6 +48,7 @@ class Outbox:
                 return False
             write_entry(self._ring, self._entries, self._seq, kind, value)
             self._seq += 1
+            self._reached(Point.TELLING)
             while self._tokens < self._seq:
                 self._posted.release()
                 self._tokens += 1
@@ -142,3 +147,13 @@ def wait(semaphore: posix_ipc.Semaphore) -> None:
         except posix_ipc.SignalError:
             continue
         return
+
+
+def open_semaphore(name: str) -> posix_ipc.Semaphore:
+    """A semaphore that the writer has made; `PeerDied` where there is none."""
+    try:
+        return posix_ipc.Semaphore(name)
+    except posix_ipc.Error as error:
+        raise PeerDied(
+            f"no semaphore {name}: its writer is gone, or has no room for another reader ({error})"
+        ) from None

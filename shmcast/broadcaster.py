@@ -22,6 +22,7 @@ from shmcast._follower import Follower
 from shmcast._joining import Offer, Settings, Verdict, attach, join, patience
 from shmcast._layout import HEADER_SLOTS
 from shmcast._planes import RingControl
+from shmcast._points import Point, nowhere
 from shmcast._sent import attempt, describe
 from shmcast._wire import Call, Handle
 from shmcast.errors import ArenaFull, ClosedError, ShmcastError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
+    from shmcast._points import Reached
     from shmcast._segment import Isolation
 
 DEFAULT_TIMEOUT = 30.0
@@ -67,6 +69,7 @@ class Broadcaster:
             keeps the whole group off shared memory.
         allow: classes, or names of packages, whose instances may travel; `shmcast.multimodal` always may.
         timeout: seconds that a rank waits in one collective: more than the longest `fn`.
+        reached: as for `Writer`.
 
     Raises:
         ValueError, TypeError: this rank's arguments or environment are wrong.
@@ -84,6 +87,7 @@ class Broadcaster:
         policy: Policy | None = None,
         allow: Iterable[type | str] = (),
         timeout: float = DEFAULT_TIMEOUT,
+        reached: Reached = nowhere,
     ) -> None:
         self._counters = Counters()
         self._closed = False
@@ -93,7 +97,8 @@ class Broadcaster:
         self._control: Control | None = None
         self._local = False
         self._why = "a group of one needs no shared memory"
-        settings = Settings(src, capacity, isolation, control, Policy() if policy is None else policy, allow, timeout)
+        policy = Policy() if policy is None else policy
+        settings = Settings(src, capacity, isolation, control, policy, allow, timeout, reached)
         cpu = cpu_group(group)
         if cpu is None:
             settings.check(1)
@@ -256,9 +261,11 @@ class Broadcaster:
         control.settle(verdict.src, verdict.plane)
         allow = Allow(settings.allow)
         if control.leads:
-            self._end = Entry(self._control or control, self._writer, policy, allow, self._counters)
+            self._end = Entry(self._control or control, self._writer, policy, allow, self._counters, settings.reached)
         else:
-            self._end = Follower(self._control or control, self._reader, policy, allow, self._counters)
+            self._end = Follower(
+                self._control or control, self._reader, policy, allow, self._counters, settings.reached
+            )
 
     def _offer(self, control: GroupControl, settings: Settings) -> Offer:
         offer = settings.offer()
@@ -272,6 +279,7 @@ class Broadcaster:
                 policy=settings.policy,
                 rank=control.rank,
                 slots=HEADER_SLOTS if settings.control == "ring" else 0,
+                reached=settings.reached,
             )
         except ValueError:
             raise
@@ -285,6 +293,7 @@ class Broadcaster:
             src = offers[0].src
             if control.rank != src:
                 self._reader = attach(offers[src].address, control.rank, src, settings)
+            settings.reached(Point.JOINING)
         except Exception as error:
             return describe(error)
         return ""

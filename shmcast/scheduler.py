@@ -23,6 +23,7 @@ import torch.distributed as dist
 from shmcast._control import GroupControl, cpu_group
 from shmcast._crew import Crew
 from shmcast._joining import Settings, check_ring, patience
+from shmcast._points import nowhere
 from shmcast._requests import NOTHING, Request, Requests, State
 from shmcast._room import default_capacity
 from shmcast._sent import size_of, weigh
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from shmcast._points import Reached
     from shmcast._segment import Isolation
 
 DEFAULT_TIMEOUT = 300.0
@@ -77,6 +79,7 @@ class SchedulerBackend:
         max_pending: requests that may be pending or ready at once. Beyond it the oldest ready one is evicted: its
             memory goes back, and `take` runs `fn`.
         max_pending_bytes: shared memory that ready requests may pin; default half of what the ranks may use.
+        reached: as for `Writer`.
 
     Raises:
         ValueError, TypeError: this rank's arguments or environment are wrong.
@@ -98,6 +101,7 @@ class SchedulerBackend:
         timeout: float = DEFAULT_TIMEOUT,
         max_pending: int = 1000,
         max_pending_bytes: int | None = None,
+        reached: Reached = nowhere,
     ) -> None:
         self._fn = fn
         self._placement = placement
@@ -114,7 +118,7 @@ class SchedulerBackend:
         cpu = cpu_group(group)
         size = 1 if cpu is None else dist.get_world_size(cpu)
         try:
-            settings = Settings(src, capacity, isolation, control, policy or Policy(), allow, timeout)
+            settings = Settings(src, capacity, isolation, control, policy or Policy(), allow, timeout, reached)
             settings = self._check(settings, size, max_pending, max_pending_bytes)
         except Exception as error:
             settings = error

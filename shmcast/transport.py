@@ -27,6 +27,7 @@ from shmcast._codec import Allow, Encoded, Leaves, decode, encode
 from shmcast._contents import Contents, Found, Fresh
 from shmcast._layout import BLOCK, MAX_READERS, MAX_TICKETS, BlockKind, Message, parse_message, plan_message
 from shmcast._lease import Leases
+from shmcast._points import Point, nowhere
 from shmcast.errors import ArenaFull, ClosedError, EncodeError, LayoutError, ShmcastError, StaleHandle
 from shmcast.metrics import Counters, ReaderLeases, Stats
 from shmcast.policy import Policy
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shmcast._blocks import Block
+    from shmcast._points import Reached
     from shmcast._segment import Isolation
     from shmcast._wire import Address, Handle
 
@@ -55,6 +57,7 @@ class Writer:
         policy: only `wait` and `cache_bytes` matter here.
         rank: names the writer in messages and in /dev/shm.
         slots: of the ring for `announce`, a power of two; 0: the writer has none.
+        reached: called at each point of its life, for tests of what happens to whoever dies there.
 
     Raises:
         ArenaFull: there is no shared memory to be had.
@@ -70,6 +73,7 @@ class Writer:
         policy: Policy | None = None,
         rank: int = 0,
         slots: int = 0,
+        reached: Reached = nowhere,
     ) -> None:
         if not 1 <= readers <= MAX_READERS:
             raise ValueError(f"readers={readers}: a writer serves 1 to {MAX_READERS}")
@@ -81,7 +85,7 @@ class Writer:
         self._empties: dict[Block, _Empty] = {}
         self._closed = False
         _reclaim.sweep()
-        self._arena = Arena(readers, capacity, rank, slots=slots, cache_bytes=self._policy.cache_bytes)
+        self._arena = Arena(readers, capacity, rank, slots=slots, cache_bytes=self._policy.cache_bytes, reached=reached)
         self._contents = Contents(self._arena, self._policy.cache_bytes, self._counters)
         self._announcing = threading.Lock()
         _writers.add(self)
@@ -228,16 +232,25 @@ class Writer:
         sizes = self._place(encoded, listed, blocks)
         plan = plan_message(len(encoded.stream), len(blocks), sizes)
         block = self._arena.reserve(plan.length, wait, readers, opens)
+        reached = self._arena.reached
         try:
+            reached(Point.RESERVED)
             self._contents.fill(fresh)
             mapping = self._arena.mapping(block)
             memory = np.frombuffer(mapping, np.uint8, block.size, block.offset)
-            copy_pieces(encoded, plan.pieces, memory)
+            copy_pieces(encoded, plan.pieces, memory, reached)
             message = Message(encoded.stream, tuple(b.where for b in blocks), plan.pieces)
             _layout.write_message(mapping, block.generation, plan.length, message, block.offset)
-            return self._arena.grant(block, blocks, readers, opens)
+            reached(Point.WRITTEN)
+            handle = self._arena.grant(block, blocks, readers, opens)
         finally:
             self._arena.free(block)
+        try:
+            reached(Point.GRANTED)
+        except BaseException:
+            self._arena.withdraw(handle)
+            raise
+        return handle
 
     def _find_empties(self, encoded: Encoded) -> dict[int, Found]:
         """For each piece that lies in memory of `empty`, by its number: the block, and where in it."""
@@ -287,6 +300,7 @@ class Reader:
         isolation: `cow`: tensors are writable, writes stay in this process. `guard`: a write is a SIGSEGV (debugging).
             `shared`: a write changes the message for everybody, at the user's risk.
         allow: as the writer's.
+        reached: as the writer's.
 
     Raises:
         PeerDied: there is no such writer on this machine (any more).
@@ -296,13 +310,19 @@ class Reader:
     """
 
     def __init__(
-        self, address: Address, index: int, *, isolation: Isolation = "cow", allow: Iterable[type | str] = ()
+        self,
+        address: Address,
+        index: int,
+        *,
+        isolation: Isolation = "cow",
+        allow: Iterable[type | str] = (),
+        reached: Reached = nowhere,
     ) -> None:
         if isolation not in ("cow", "guard", "shared"):
             raise ValueError(f"isolation={isolation!r}: cow, guard or shared")
         self._allow = Allow(tuple(allow))
         self._counters = Counters()
-        self._leases = Leases(address, index, isolation)
+        self._leases = Leases(address, index, isolation, reached)
 
     def open(self, handle: Handle) -> object:
         """The object behind `handle`, its tensors mapped; those under 64 KiB are copies and pin nothing.
@@ -403,12 +423,13 @@ def unpack_inline(tensor: Tensor, allow: Allow, leaves: Leaves | None = None) ->
     return decode(message.stream, pieces, allow, leaves)
 
 
-def copy_pieces(encoded: Encoded, places: Sequence[_layout.Piece], memory: Memory) -> None:
+def copy_pieces(encoded: Encoded, places: Sequence[_layout.Piece], memory: Memory, reached: Reached = nowhere) -> None:
     """Copy the pieces that go into a message's own block, `memory`, each to its place."""
     for piece, place in zip(encoded.pieces, places, strict=True):
         if not place.block:
             start = place.offset + piece.lead
             piece.copy_to(memory[start : start + piece.source.numel()])
+            reached(Point.COPYING)
 
 
 def _forget() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import posix_ipc
 import pytest
 
-from shmcast import _arena, _room, _segment
+from shmcast import _arena, _names, _room, _segment
 from shmcast._arena import Arena
 from shmcast._blocks import Block
 from shmcast._layout import (
@@ -87,8 +87,8 @@ class Hand:
 
 
 def idle_of(arena: Arena) -> threading.Thread:
-    assert arena._idle is not None
-    return arena._idle
+    assert arena._names._idle is not None
+    return arena._names._idle
 
 
 class Stage:
@@ -122,7 +122,7 @@ class Stage:
 def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """Segments of `STEP` bytes, and no thread that drains at its own pace."""
     monkeypatch.setattr(_arena, "STEP", STEP)
-    monkeypatch.setattr(_arena, "IDLE_POLLS", 0)
+    monkeypatch.setattr(_names, "IDLE_POLLS", 0)
     made = Stage()
     yield made
     made.close()
@@ -810,7 +810,7 @@ def test_an_idle_writer_hears_its_readers_again_after_growth(monkeypatch: pytest
 
 
 def test_an_idle_writer_does_not_listen_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_arena, "IDLE_POLLS", 3)
+    monkeypatch.setattr(_names, "IDLE_POLLS", 3)
     arena = Arena(1, 2 * PAGE, 0)
     idle_of(arena).join(60)
     assert not idle_of(arena).is_alive()

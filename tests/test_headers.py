@@ -213,7 +213,7 @@ def test_what_the_skipped_had_not_opened_is_taken_back(writer: Writer, reader: R
     overwrite_what_is_free(writer, 0xAB, ROOM)
     for number, handle in enumerate(handles):
         if number < 4:
-            with pytest.raises(StaleHandle, match=r"reader 0|the block is"):
+            with pytest.raises(StaleHandle):
                 reader.open(handle)
         else:
             assert values(reader.open(handle)) == {number}
