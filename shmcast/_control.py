@@ -241,7 +241,12 @@ class PrivateControl(GroupControl):
 
     def __init__(self, group: ProcessGroup, name: str, timeout: float) -> None:
         store = PrefixStore(f"shmcast/{name}", dist.distributed_c10d._get_default_store())
-        own = dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=timeout))
+        try:
+            own = dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=timeout))
+        except RuntimeError as error:
+            raise ShmcastError(
+                f"rank {group.rank()} cannot make a group of its own over the same ranks: {error}"
+            ) from error
         super().__init__(cast("ProcessGroup", own), timeout)
 
     def gather(self, header: bytes) -> list[bytes]:

@@ -76,19 +76,35 @@ class Segment:
 def create(name: str, header: SegmentHeader) -> Segment:
     """Make, reserve and map the segment that `header` describes, for its writer.
 
-    Raises `ArenaFull` when there is no room, `OSError` when the system refuses; nothing is left behind then.
+    Raises `ArenaFull` when there is no room, `OSError` when the system refuses; nothing is left behind then, nor by a
+    SIGKILL in the middle: it has no name before it is complete and locked.
     """
-    fd = _open(name, posix_ipc.O_CREX)
+    draft = os.open(SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE)
     try:
-        os.fchmod(fd, MODE)
-        # Before the magic is there: a reaper takes nothing without a magic, and nothing that is locked.
+        os.fchmod(draft, MODE)
+        fcntl.flock(draft, fcntl.LOCK_SH)
+        _reserve(name, draft, header.size)
+        first = bytearray(PAGE)
+        header.write(first)
+        os.pwrite(draft, first, 0)
+        _link(draft, name)
+        try:
+            return _open_new(name, header)
+        except BaseException:
+            posix_ipc.unlink_shared_memory(name)
+            raise
+    finally:
+        os.close(draft)
+
+
+def _open_new(name: str, header: SegmentHeader) -> Segment:
+    """Map what was linked: opened by its name, since /proc shows what it was opened as."""
+    fd = _open(name)
+    try:
         fcntl.flock(fd, fcntl.LOCK_SH)
-        _reserve(name, fd, header.size)
         mapping = _map(fd, header.size, mmap.MAP_SHARED)
         populate(mapping, MADV_POPULATE_WRITE)
-        header.write(mapping)
     except BaseException:
-        posix_ipc.unlink_shared_memory(name)
         os.close(fd)
         raise
     return Segment(name, header, fd, mapping)
@@ -126,7 +142,7 @@ def attach_ring(name: str, expected: SegmentHeader, reader: int) -> Segment:
 def open_checked(name: str, expected: SegmentHeader) -> tuple[int, SegmentHeader]:
     """A descriptor of the segment called `name`, locked shared, and its header, known to be what we expect."""
     try:
-        fd = _open(name, 0)
+        fd = _open(name)
     except FileNotFoundError:
         raise PeerDied(
             f"no segment {name}: rank {expected.rank}, its writer, is gone, or is in another mount or IPC namespace"
@@ -164,12 +180,22 @@ def _identity(header: SegmentHeader) -> SegmentHeader:
     return replace(header, size=0, readers=0, entries=0, slots=0)
 
 
-def _open(name: str, flags: int) -> int:
+def _link(fd: int, name: str) -> None:
+    """Give a file without a name one, that nothing has."""
+    # Given a directory's descriptor, Python follows the link to the file (AT_SYMLINK_FOLLOW); else it does not.
+    folder = os.open(SHM, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(f"/proc/self/fd/{fd}", SHM + name, src_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
+
+
+def _open(name: str) -> int:
     """`shm_open` through posix_ipc, with size 0: any other size would truncate a segment that exists."""
     try:
-        return int(posix_ipc.SharedMemory(name, flags=flags, mode=MODE, size=0).fd)
+        return int(posix_ipc.SharedMemory(name, size=0).fd)
     except posix_ipc.ExistentialError as error:
-        raise (FileExistsError if flags & posix_ipc.O_CREX else FileNotFoundError)(f"{name}: {error}") from None
+        raise FileNotFoundError(f"{name}: {error}") from None
     except posix_ipc.PermissionsError as error:
         raise PermissionError(f"{name}: {error}") from None
     except ValueError as error:  # EINVAL and ENAMETOOLONG: something else has this name

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from shmcast import _segment
+from shmcast import _reclaim, _segment
 from shmcast._layout import PAGE, Kind, SegmentHeader, control_size, ring_offset, ring_size
 from shmcast._room import Room
 from shmcast._segment import Isolation, Segment, attach, attach_ring, create, open_checked
@@ -218,7 +218,7 @@ def test_a_full_tmpfs_is_an_error_and_no_crash() -> None:
     small_tmpfs(
         """
         import os
-        from shmcast import _segment
+        from shmcast import _reclaim, _segment
         from shmcast._layout import Kind, SegmentHeader
         from shmcast._room import Room
         from shmcast.errors import ArenaFull
@@ -548,7 +548,7 @@ def test_each_reader_and_each_block_mapping_keeps_it_in_use(name: str) -> None:
 def test_a_killed_process_uses_nothing(name: str, made: list[Segment]) -> None:
     code = """
     import signal, sys
-    from shmcast import _segment
+    from shmcast import _reclaim, _segment
     from shmcast._layout import Kind, SegmentHeader
     name = sys.argv[1]
     segment = _segment.attach(name, SegmentHeader(Kind.ARENA, bytes.fromhex(name.split("-")[1]), 0, 0, 0), "cow")
@@ -578,7 +578,7 @@ def forked(child: str) -> None:
     """
     code = f"""
 import ctypes, gc, mmap, os, sys
-from shmcast import _segment
+from shmcast import _reclaim, _segment
 from shmcast._layout import PAGE, Kind, SegmentHeader
 
 name = "/shmcast-{secrets.token_hex(16)}-0-0"
@@ -700,3 +700,19 @@ def test_a_mapping_refuses_to_be_closed_under_a_view(name: str, made: list[Segme
     with pytest.raises(BufferError):
         made[0].map.close()
     view.release()
+
+
+@pytest.mark.parametrize(("dies_in", "left"), [("_reserve", 0), ("_link", 0), ("_open_new", 1)])
+def test_a_creator_that_dies_leaves_nothing_or_what_can_be_swept(name: str, dies_in: str, left: int) -> None:
+    code = f"""
+    import os, signal
+    from shmcast import _reclaim, _segment
+    from tests.test_segment import header_of
+    _segment.{dies_in} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    _segment.create({name!r}, header_of({name!r}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert len([each for each in os.listdir("/dev/shm") if each == name[1:]]) == left
+    assert _reclaim.sweep() == [name[1:]] * left
+    assert not path_of(name).exists()

@@ -49,8 +49,8 @@ class Raised:
     text: str
 
 
-def serve(pipe: Connection, log: str, parent: int) -> None:
-    """Run tasks from `pipe` until its other end closes."""
+def serve(pipe: Connection, log: str, parent: int | None) -> None:
+    """Run tasks from `pipe` until its other end closes. `parent`: whose child this is, None for a fork server's."""
     _prepare(log, parent)
     while True:
         try:
@@ -60,7 +60,7 @@ def serve(pipe: Connection, log: str, parent: int) -> None:
         pipe.send_bytes(_perform(pipe, message))
 
 
-def _prepare(log: str, parent: int) -> None:
+def _prepare(log: str, parent: int | None) -> None:
     """Write to a file of our own, answer SIGUSR1 with all stacks, and do not outlive the parent."""
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(fd, 1)
@@ -69,7 +69,7 @@ def _prepare(log: str, parent: int) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    if parent is not None and os.getppid() != parent:  # it died before the line above
         os._exit(1)
 
 

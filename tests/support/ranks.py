@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,11 +53,15 @@ class _Failure:
 class Ranks:
     """Processes that are ready to be ranks, started when first needed and replaced after they died or failed.
 
-    Not for several threads at once. With `kept` the look for leftovers takes these processes for granted.
+    Not for several threads at once. With `kept` the look for leftovers takes these processes for granted. With `forked`
+    they are forks of a process that has imported torch, which takes milliseconds: for tests that kill many.
     """
 
-    def __init__(self, *, kept: bool = False) -> None:
+    def __init__(self, *, kept: bool = False, forked: bool = False) -> None:
         self._kept = kept
+        self._forked = forked
+        if forked:
+            _start_forkserver()
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._started = 0
         self._rounds = 0
@@ -89,12 +93,18 @@ class Ranks:
         return self.start(n, function, *args, dies=dies, check=check).results(timeout)
 
     def start(
-        self, n: int, function: Callable[..., Any], *args: Any, dies: Collection[int] = (), check: bool = True
+        self,
+        n: int,
+        function: Callable[..., Any],
+        *args: Any,
+        dies: Collection[int] = (),
+        may_die: Collection[int] = (),
+        check: bool = True,
     ) -> "Round":
         """As `run`, without waiting: the test goes on, say to kill a rank, and asks for `results` later."""
         self._rounds += 1
         store = str(self._folder / f"store-{self._rounds}")
-        return self._start(function, [(rank, *args) for rank in range(n)], store, dies, check)
+        return self._start(function, [(rank, *args) for rank in range(n)], store, dies, check, may_die)
 
     def start_each(
         self, function: Callable[..., Any], argslist: Sequence[tuple[Any, ...]], *, check: bool = True
@@ -109,6 +119,7 @@ class Ranks:
         store: str | None,
         dies: Collection[int],
         check: bool,
+        may_die: Collection[int] = (),
     ) -> "Round":
         n = len(argslist)
         tasks = [
@@ -120,11 +131,11 @@ class Ranks:
         self._processes = [process for process in self._processes if process.usable()]
         while len(self._processes) < n:
             self._started += 1
-            self._processes.append(_Process(self._folder / f"{self._started}.log", self._kept))
+            self._processes.append(_Process(self._folder / f"{self._started}.log", self._kept, self._forked))
         taken = self._processes[:n]
         for process, task in zip(taken, tasks, strict=True):
             process.give(task)
-        return Round(taken, dies)
+        return Round(taken, dies, may_die)
 
     def close(self, *, check: bool = True) -> None:
         """End all processes. With `check` one that does not end well on its own is a failure."""
@@ -145,9 +156,10 @@ class Ranks:
 class Round:
     """One call on several ranks that has been started."""
 
-    def __init__(self, processes: "list[_Process]", dies: Collection[int]) -> None:
+    def __init__(self, processes: "list[_Process]", dies: Collection[int], may_die: Collection[int] = ()) -> None:
         self._processes = processes
         self._dies = frozenset(dies)
+        self._may_die = frozenset(may_die)
 
     @property
     def pids(self) -> list[int]:
@@ -199,7 +211,7 @@ class Round:
             reply = pickle.loads(process.pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
             code = process.end()
-            if rank in self._dies:
+            if rank in self._dies | self._may_die:
                 return _Outcome(Died(code))
             return _Outcome(_Failure(f"died with exit code {code}\n{process.log()}"))
         if isinstance(reply, _rank.Ready):
@@ -229,12 +241,13 @@ class _Outcome:
 class _Process:
     """One child process, the pipe to it, and the file that takes its stdout and stderr."""
 
-    def __init__(self, log: Path, kept: bool) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, log: Path, kept: bool, forked: bool) -> None:
+        context = multiprocessing.get_context("forkserver") if forked else multiprocessing.get_context("spawn")
+        parent = None if forked else os.getpid()
         self._log = log
         with keeping_fds() if kept else contextlib.nullcontext():
             self.pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_rank.serve, args=(theirs, str(log), os.getpid()), name="rank")
+            self._process = context.Process(target=_rank.serve, args=(theirs, str(log), parent), name="rank")
             self._process.start()
             theirs.close()
         self.pid = self._process.pid or 0
@@ -304,6 +317,15 @@ class _Process:
 
     def _log_size(self) -> int:
         return self._log.stat().st_size if self._log.exists() else 0
+
+
+def _start_forkserver() -> None:
+    """The process that `forked` ranks are forks of; it ends with this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "shmcast.scheduler", "shmcast.admission"])
+    with keeping_fds():
+        forkserver.ensure_running()
+    keep_process(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
 
 
 def run_ranks(

@@ -1,0 +1,356 @@
+"""Every end, killed at every point of its life: the others end with what is right or with a named error, and all is
+taken back.
+
+A case is a scene, who dies, and where. A scene is what each rank does; it tells for each request what came of it:
+`right`, or the error. Wrong bytes fail the case. `MATRIX_ROUNDS=20` runs each case that often.
+"""
+
+import gc
+import os
+import pickle
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shmcast import Admission, Broadcaster, Policy, Reader, SchedulerBackend, Writer, _arena, _reclaim
+from shmcast._points import Point
+from shmcast.errors import PeerDied, ShmcastError
+from tests.support.fates import Fate
+from tests.support.ranks import Died, Ranks, Round
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.faults]
+
+RANKS = 3
+ROUNDS = int(os.environ.get("MATRIX_ROUNDS", "1"))
+STEP = 1 << 20
+SMALL, BIG = 200 << 10, 5 * STEP // 2
+REQUESTS = 12
+GROWING = (3, 4, 5)
+BATCH = 4
+TIMEOUT = 3.0
+DEADLINE_SECONDS = 45.0
+POLICY = Policy(route="shm", wait=TIMEOUT, local_below=0)
+RIGHT = "right"
+
+Fates = dict[int, Fate]
+Scene = Callable[[int, Any, Path], list[str]]
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Ranks]:
+    with Ranks(kept=True, forked=True) as pool:
+        yield pool
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline, never = time.monotonic() + DEADLINE_SECONDS, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "only a bug makes the deadline pass"
+        never.wait(0.001)
+
+
+# What ranks do.
+
+
+def make(seed: int) -> dict[str, Any]:
+    """What `fn` makes of a request: the raw inputs are its number."""
+    return {"seed": seed, "tensor": torch.full((BIG if seed in GROWING else SMALL,), seed + 1, dtype=torch.uint8)}
+
+
+def judge(got: Any, seed: int) -> str:
+    made = make(seed)
+    assert got["seed"] == seed
+    assert torch.equal(got["tensor"], made["tensor"]), f"wrong bytes in request {seed}"
+    return RIGHT
+
+
+def attempt(run: Callable[[], str]) -> str:
+    """What came of a request; only errors of ours have a name."""
+    try:
+        return run()
+    except ShmcastError as error:
+        return type(error).__name__
+
+
+def given_back(end: Broadcaster | SchedulerBackend | Writer) -> bool:
+    return not any(lease.held for lease in end.stats().leases if lease.alive is False)
+
+
+def collective(rank: int, reached: Any, control: str) -> list[str]:
+    """A `Broadcaster`; the last two results are held."""
+    try:
+        group = Broadcaster(control=control, capacity=24 * STEP, policy=POLICY, timeout=TIMEOUT, reached=reached)
+    except ShmcastError as error:
+        return [type(error).__name__]
+    held: deque[tuple[int, Any]] = deque(maxlen=2)
+    told = []
+    with group:
+        for seed in range(REQUESTS):
+            held.append((seed, group.materialize(seed, make)))
+            told.append(judge(held[-1][1], seed))
+        until(lambda: given_back(group))
+    assert all(judge(got, seed) for seed, got in held)
+    return told
+
+
+def group(rank: int, reached: Any, folder: Path) -> list[str]:
+    return collective(rank, reached, "group")
+
+
+def ring(rank: int, reached: Any, folder: Path) -> list[str]:
+    return collective(rank, reached, "ring")
+
+
+def scheduled(reached: Any, placement: Any, control: Any) -> list[str]:
+    """A `SchedulerBackend`, batches of four."""
+    try:
+        backend = SchedulerBackend(
+            fn=make,
+            placement=placement,
+            control=control,
+            capacity=24 * STEP,
+            policy=POLICY,
+            timeout=TIMEOUT,
+            reached=reached,
+        )
+    except ShmcastError as error:
+        return [type(error).__name__]
+    told = []
+    with backend:
+        for first in range(0, REQUESTS, BATCH):
+            seeds = range(first, first + BATCH)
+            backend.submit([(seed, seed) for seed in seeds])
+            held = [(seed, backend.take(seed)) for seed in seeds]
+            told += [judge(got, seed) for seed, got in held]
+        until(lambda: given_back(backend))
+    assert all(judge(got, seed) for seed, got in held)
+    return told
+
+
+def entry(rank: int, reached: Any, folder: Path) -> list[str]:
+    return scheduled(reached, "entry", "ring")
+
+
+def spread(rank: int, reached: Any, folder: Path) -> list[str]:
+    return scheduled(reached, "spread", "ring")
+
+
+def gathered(rank: int, reached: Any, folder: Path) -> list[str]:
+    return scheduled(reached, "spread", "group")
+
+
+def is_gone(folder: Path, rank: int) -> bool:
+    """Whether a reader has done its part, or is dead."""
+    if (folder / f"done-{rank}").exists():
+        return True
+    if not (folder / f"pid-{rank}").exists():
+        return False
+    try:
+        pid = (folder / f"pid-{rank}").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def say(folder: Path, name: str, what: bytes = b"") -> None:
+    """Whole or not at all: whoever says it may be killed in the middle."""
+    (folder / f".{name}").write_bytes(what)
+    (folder / f".{name}").rename(folder / name)
+
+
+def hear(folder: Path, name: str) -> bytes | None:
+    """What rank 0 says; None where it is gone."""
+    until(lambda: (folder / name).exists() or is_gone(folder, 0))
+    return (folder / name).read_bytes() if (folder / name).exists() else None
+
+
+def ends(rank: int, reached: Any, folder: Path, write: Any) -> list[str]:
+    """A writer, and readers that hear of messages by its header ring; no process group."""
+    say(folder, f"pid-{rank}", str(os.getpid()).encode())
+    if rank == 0:
+        with Writer(RANKS - 1, capacity=24 * STEP, policy=POLICY, slots=64, reached=reached) as writer:
+            say(folder, "address", pickle.dumps(writer.address))
+            told: list[str] = write(writer)
+            until(lambda: all(is_gone(folder, other) for other in range(1, RANKS)) and given_back(writer))
+        return told
+    told = []
+    try:
+        address = hear(folder, "address")
+        if address is not None:
+            told = read(pickle.loads(address), rank - 1, reached)
+    finally:
+        say(folder, f"done-{rank}")
+    return told
+
+
+def read(address: Any, index: int, reached: Any) -> list[str]:
+    try:
+        reader = Reader(address, index, reached=reached)
+    except PeerDied:
+        return ["PeerDied"]
+    held: deque[tuple[int, Any]] = deque(maxlen=2)
+    told: list[str] = []
+
+    def take() -> str:
+        header = reader.next_header(TIMEOUT)
+        if header is None:
+            return "skipped"
+        seed, handle = pickle.loads(header)
+        held.append((seed, reader.open(handle)))
+        return judge(held[-1][1], seed)
+
+    with reader:
+        while len(told) < REQUESTS and "PeerDied" not in told:
+            told.append(attempt(take))
+    assert all(judge(got, seed) for seed, got in held)
+    return told
+
+
+def alone(rank: int, reached: Any, folder: Path) -> list[str]:
+    """`publish` and `announce`."""
+
+    def write(writer: Writer) -> list[str]:
+        told = []
+        for seed in range(REQUESTS):
+            handle = writer.publish(make(seed))
+            writer.announce(pickle.dumps((seed, handle)).ljust(256, b"\0"))
+            told.append(RIGHT)
+        return told
+
+    return ends(rank, reached, folder, write)
+
+
+def admission(rank: int, reached: Any, folder: Path) -> list[str]:
+    """`Admission` makes and publishes; what is ready goes on."""
+
+    def write(writer: Writer) -> list[str]:
+        told = 0
+        with Admission(writer, make, workers=1) as admitted:
+            for seed in range(REQUESTS):
+                admitted.hold(seed, seed)
+            while told < REQUESTS:
+                for seed, handle in admitted.ready(TIMEOUT):
+                    assert handle is not None
+                    writer.announce(pickle.dumps((seed, handle)).ljust(256, b"\0"))
+                    told += 1
+        return [RIGHT] * told
+
+    return ends(rank, reached, folder, write)
+
+
+def play(rank: int, scene: Scene, fates: Fates, folder: str) -> list[str]:
+    setattr(_arena, "STEP", STEP)  # noqa: B010
+    mine = fates.get(rank)
+    told = scene(rank, mine or (lambda _: None), Path(folder))
+    gc.collect()
+    say(Path(folder), f"over-{rank}")
+    return told
+
+
+# Who dies, and where.
+
+IN_GROUPS = (group, ring, entry, spread, gathered)
+SCENES = (*IN_GROUPS, alone, admission)
+BY_RING = (ring, entry, spread, alone, admission)
+WRITERS = (
+    *(Fate(Point.CREATED, nth) for nth in (1, 2)),
+    *(Fate(Point.GROWN, nth) for nth in (1, 2)),
+    *(Fate(point, nth) for point in (Point.RESERVED, Point.COPYING, Point.WRITTEN, Point.GRANTED) for nth in (1, 3)),
+    *(Fate(Point.UNLINKING, nth) for nth in (1, 2)),
+    Fate(Point.SENT, 2),
+    Fate(Point.POSTING, 2),
+    Fate(Point.JOINING),
+)
+READERS = (
+    Fate(Point.SEATED),
+    *(Fate(Point.MAPPED, nth) for nth in (1, 2)),
+    *(Fate(Point.RECEIVED, nth) for nth in (1, 3)),
+    *(Fate(Point.TAKEN, nth) for nth in (1, 3)),
+    *(Fate(Point.TELLING, nth) for nth in (1, 2, 5)),
+    *(Fate(Point.RELEASING, nth) for nth in (1, 2)),
+    Fate(Point.LEAVING),
+    Fate(Point.JOINING),
+)
+
+
+# What may be in a constructor still.
+EARLY = {
+    *(Point.CREATED, Point.GROWN, Point.UNLINKING),
+    *(Point.SEATED, Point.MAPPED, Point.TELLING, Point.JOINING),
+}
+
+
+def happens(scene: Scene, fate: Fate) -> bool:
+    """Whether a scene comes to that point at all."""
+    if fate.point in (Point.SENT, Point.RECEIVED, Point.JOINING):
+        return scene in IN_GROUPS
+    return fate.point is not Point.POSTING or scene in BY_RING
+
+
+def cases() -> Iterator[Any]:
+    for scene in SCENES:
+        for role, fates in (("writer", WRITERS), ("reader", READERS)):
+            for fate in fates:
+                if happens(scene, fate):
+                    victim = 0 if role == "writer" else RANKS - 1
+                    yield pytest.param(scene, {victim: fate}, id=f"{scene.__name__}-{role}-{fate}")
+        for number, fate in enumerate(WRITERS):
+            other = READERS[number % len(READERS)]
+            if happens(scene, fate) and happens(scene, other):
+                fates_of_all = {0: fate, **dict.fromkeys(range(1, RANKS), other)}
+                yield pytest.param(scene, fates_of_all, id=f"{scene.__name__}-all-{fate}-{other}")
+
+
+def names() -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if "shmcast-" in name]
+
+
+def finish(round: Round, folder: Path, fates: Fates) -> list[Any]:
+    """The results; a stopped rank goes on once the others have ended."""
+    for rank, fate in fates.items():
+        if fate.how == "stop":
+            until(lambda: all((folder / f"over-{other}").exists() for other in range(RANKS) if other not in fates))
+            os.kill(round.pids[rank], signal.SIGCONT)
+    return round.results(DEADLINE_SECONDS)
+
+
+@pytest.mark.parametrize("lap", range(ROUNDS))
+@pytest.mark.parametrize(("scene", "fates"), list(cases()))
+def test_whoever_dies_wherever_the_others_end_well(
+    forked: Ranks, tmp_path: Path, scene: Scene, fates: Fates, lap: int
+) -> None:
+    everyone = len(fates) == RANKS
+    # Where all are to die, some may not come so far.
+    dies, may_die = ((), fates) if everyone else (fates, ())
+    round = forked.start(RANKS, play, scene, fates, str(tmp_path), dies=dies, may_die=may_die)
+    try:
+        results = round.results(DEADLINE_SECONDS)
+    finally:
+        left = names()
+        _reclaim.sweep()
+    for rank, told in enumerate(results):
+        if isinstance(told, Died):
+            assert rank in fates
+            assert told.exitcode == -signal.SIGKILL
+        else:
+            check_survivor(scene, fates, rank, told)
+    if not any(rank in fates for rank in (range(RANKS) if scene in (spread, gathered) else [0])):
+        assert not left, "a writer that lives leaves nothing to sweep"
+
+
+def check_survivor(scene: Scene, fates: Fates, rank: int, told: list[str]) -> None:
+    early = any(fate.point in EARLY and fate.nth <= 2 for fate in fates.values())
+    if scene in IN_GROUPS:
+        # All hold raw: once there is a group, every request is there, whatever happens to others.
+        assert told == [RIGHT] * REQUESTS or (early and told in (["ShmcastError"], ["ControlBroken"])), told
+    elif 0 in fates:
+        assert told in ([], [RIGHT] * REQUESTS, *([RIGHT] * n + ["PeerDied"] for n in range(REQUESTS))), told
+    else:
+        assert told == [RIGHT] * REQUESTS
