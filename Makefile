@@ -8,7 +8,7 @@ SETUP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format matrix bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ check: $(SETUP) ## format, lint, types, layers, spelling
 format: $(SETUP) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+matrix: $(SETUP) ## kill every end at every point, 20 times over: make matrix ROUNDS=3
+	@MATRIX_ROUNDS=$(or $(ROUNDS),20) $(BIN)/python -m pytest tests/test_matrix.py $(ARGS)
 
 bench: $(SETUP) ## measure: make bench ARGS="--help"
 	@$(BIN)/python benchmarks/bench_broadcast.py $(ARGS)
