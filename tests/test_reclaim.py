@@ -5,17 +5,18 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import posix_ipc
 import pytest
 
 from shmcast import _reclaim
 from shmcast._arena import Arena
 from shmcast._layout import PAGE, Kind, SegmentHeader, control_size
-from shmcast._reclaim import sweep
+from shmcast._reclaim import SEMAPHORE_BYTES, Verdict, examine
+from tests.support.writers import end, names, said, start
 
 SHM = Path("/dev/shm")
 TOKEN = "0123456789abcdef" * 2
@@ -33,8 +34,18 @@ def lay(path: Path, header: SegmentHeader) -> Path:
     """A file as a killed writer leaves it."""
     page = bytearray(header.size)
     header.write(page)
-    path.write_bytes(page)
+    return put(path, bytes(page))
+
+
+def put(path: Path, raw: bytes, mode: int = 0o600) -> Path:
+    path.write_bytes(raw)
+    path.chmod(mode)
     return path
+
+
+def semaphore(folder: Path, tail: str, stem: str = f"{TOKEN}-1") -> Path:
+    """A file as `sem_open` makes it."""
+    return put(folder / f"sem.shmcast-{stem}-{tail}", bytes(SEMAPHORE_BYTES))
 
 
 def segment(folder: Path, number: int | None, rank: int = 1, token: str = TOKEN) -> Path:
@@ -44,6 +55,19 @@ def segment(folder: Path, number: int | None, rank: int = 1, token: str = TOKEN)
 
 def left(folder: Path) -> set[str]:
     return set(os.listdir(folder))
+
+
+def sweep(folder: str = str(SHM)) -> list[str]:
+    """The names that a sweep removed."""
+    return [found.name for found in _reclaim.sweep(folder) if found.verdict is Verdict.REMOVED]
+
+
+def verdicts(folder: Path) -> dict[str, Verdict]:
+    """What looking tells, without removing anything; the same as sweeping tells of what it keeps."""
+    before = left(folder)
+    found = {each.name: each.verdict for each in examine(str(folder))}
+    assert left(folder) == before
+    return found
 
 
 # --- files in a folder
@@ -58,38 +82,87 @@ def test_removes_the_segments_of_a_dead_writer(tmp_path: Path) -> None:
 
 def test_semaphores_go_with_the_control_segment_and_before_it(tmp_path: Path) -> None:
     control = segment(tmp_path, None)
-    semaphores = [f"sem.shmcast-{TOKEN}-1-{tail}" for tail in ("p0", "p1", "w0", "w1")]
-    for semaphore in semaphores:
-        (tmp_path / semaphore).write_bytes(bytes(32))
+    semaphores = [semaphore(tmp_path, tail).name for tail in ("h0", "p0", "p1", "w0", "w1")]
+    assert verdicts(tmp_path) == dict.fromkeys([*semaphores, control.name], Verdict.DEAD)
     assert sweep(str(tmp_path)) == [*semaphores, control.name]
     assert left(tmp_path) == set()
 
 
-def test_semaphores_without_their_control_segment_stay(tmp_path: Path) -> None:
-    gone = segment(tmp_path, 0)
-    spared = {f"sem.shmcast-{TOKEN}-1-p0", f"sem.shmcast-{TOKEN}-1-w0"}
-    for name in spared:
-        (tmp_path / name).write_bytes(bytes(32))
-    assert sweep(str(tmp_path)) == [gone.name]
-    assert left(tmp_path) == spared
-
-
-def test_semaphores_of_other_writers_stay(tmp_path: Path) -> None:
+def test_semaphores_of_living_writers_and_of_others_stay(tmp_path: Path) -> None:
     segment(tmp_path, None)
-    spared = {f"sem.shmcast-{TOKEN}-11-p0", f"sem.shmcast-{'f' * 32}-1-p0", f"sem.other-{TOKEN}-1-p0", "sem.shmcast-"}
-    for name in spared:
-        (tmp_path / name).write_bytes(bytes(32))
-    sweep(str(tmp_path))
+    lives = segment(tmp_path, None, 11)
+    spared = {lives.name, semaphore(tmp_path, "p0", f"{TOKEN}-11").name}
+    for name in (f"sem.other-{TOKEN}-1-p0", "sem.shmcast-", f"sem.shmcast-{TOKEN}-1-x0", f"sem.shmcast-{TOKEN}-1-p"):
+        spared.add(put(tmp_path / name, bytes(SEMAPHORE_BYTES)).name)
+    with lives.open("rb") as user:
+        fcntl.flock(user, fcntl.LOCK_SH)
+        sweep(str(tmp_path))
     assert left(tmp_path) == spared
+
+
+ODD_SEMAPHORES: dict[str, tuple[Callable[[Path], object], Verdict]] = {
+    "foreign bytes": (lambda path: put(path, b"foreign" * 100), Verdict.UNCLEAR),
+    "empty": (lambda path: put(path, b""), Verdict.UNCLEAR),
+    "another mode": (lambda path: put(path, bytes(SEMAPHORE_BYTES), 0o644), Verdict.UNCLEAR),
+    "a folder": (lambda path: path.mkdir(), Verdict.NOT_A_FILE),
+    "a fifo": (lambda path: os.mkfifo(path), Verdict.NOT_A_FILE),
+    "a symlink": (lambda path: path.symlink_to("/nowhere/at/all"), Verdict.NOT_A_FILE),
+}
+
+
+@pytest.mark.parametrize("what", ODD_SEMAPHORES)
+@pytest.mark.parametrize("orphan", [False, True], ids=["of a dead writer", "of no writer"])
+def test_what_only_has_the_name_of_a_semaphore_stays(tmp_path: Path, what: str, orphan: bool) -> None:
+    make, verdict = ODD_SEMAPHORES[what]
+    name = f"sem.shmcast-{TOKEN}-1-p0"
+    make(tmp_path / name)
+    if not orphan:
+        segment(tmp_path, None)
+    assert verdicts(tmp_path)[name] is verdict
+    sweep(str(tmp_path))
+    assert left(tmp_path) == {name}
+
+
+def test_a_control_segment_in_doubt_keeps_its_semaphores(tmp_path: Path) -> None:
+    control = put(tmp_path / f"shmcast-{TOKEN}-1-c", b"")
+    kept = semaphore(tmp_path, "p0")
+    assert verdicts(tmp_path) == {kept.name: Verdict.UNCLEAR, control.name: Verdict.NO_MAGIC}
+    assert sweep(str(tmp_path)) == []
+
+
+def test_a_control_segment_stays_as_long_as_a_semaphore_that_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control, stuck, goes = segment(tmp_path, None), semaphore(tmp_path, "p0"), semaphore(tmp_path, "w0")
+    unlink = os.unlink
+
+    def refused(path: Any) -> None:
+        if str(path) == str(stuck):
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refused)
+        found = {each.name: each for each in _reclaim.sweep(str(tmp_path))}
+    assert {name: each.verdict for name, each in found.items()} == {
+        stuck.name: Verdict.FAILED,
+        goes.name: Verdict.REMOVED,
+        control.name: Verdict.FAILED,
+    }
+    assert "Operation not permitted" in found[stuck.name].why
+    assert left(tmp_path) == {stuck.name, control.name}
+    assert sweep(str(tmp_path)) == [stuck.name, control.name]
 
 
 @pytest.mark.parametrize("number", [0, None])
 def test_what_somebody_holds_stays(tmp_path: Path, number: int | None) -> None:
     path = segment(tmp_path, number)
-    (tmp_path / f"sem.shmcast-{TOKEN}-1-p0").write_bytes(bytes(32))
+    if number is None:
+        semaphore(tmp_path, "p0")
     before = left(tmp_path)
     with path.open("rb") as user:
         fcntl.flock(user, fcntl.LOCK_SH)
+        assert verdicts(tmp_path) == dict.fromkeys(before, Verdict.IN_USE)
         assert sweep(str(tmp_path)) == []
     assert left(tmp_path) == before
     sweep(str(tmp_path))
@@ -121,35 +194,53 @@ def changed(offset: int, value: bytes) -> Callable[[Path], object]:
     return make
 
 
-SPARED: dict[str, Callable[[Path], object]] = {
+STRANGE: dict[str, Callable[[Path], object]] = {
     "no prefix": other_name(f"x{NAME}"),
     "a suffix": other_name(f"{NAME}.bak"),
     "a new line": other_name(f"{NAME}\n"),
     "upper case": other_name(NAME.upper()),
     "a short token": other_name(f"shmcast-{TOKEN[:-1]}-1-0"),
-    "another token": other_name(f"shmcast-{'f' * 32}-1-0"),
-    "another rank": other_name(f"shmcast-{TOKEN}-2-0"),
-    "another number": other_name(f"shmcast-{TOKEN}-1-7"),
-    "a leading zero": other_name(f"shmcast-{TOKEN}-1-00"),
-    "an arena segment called control": other_name(f"shmcast-{TOKEN}-1-c"),
-    "a control segment called arena": lambda folder: lay(folder / NAME, header_of(None)),
-    "empty": lambda folder: (folder / NAME).write_bytes(b""),
-    "cut": lambda folder: (folder / NAME).write_bytes(segment(folder, 0).read_bytes()[:63]),
-    "no magic yet": changed(0, bytes(8)),
-    "another version": changed(8, b"\2"),
-    "an unknown kind": changed(12, b"\7"),
-    "foreign bytes": lambda folder: (folder / NAME).write_bytes(bytes(range(256)) * (2 * PAGE // 256)),
-    "a folder": lambda folder: (folder / NAME).mkdir(),
-    "a fifo": lambda folder: os.mkfifo(folder / NAME),
-    "a dangling symlink": lambda folder: (folder / NAME).symlink_to("/nowhere/at/all"),
 }
+"""No names of ours: nothing is said about them."""
+
+SPARED: dict[str, tuple[Callable[[Path], object], Verdict]] = {
+    "another token": (other_name(f"shmcast-{'f' * 32}-1-0"), Verdict.OTHER_HEADER),
+    "another rank": (other_name(f"shmcast-{TOKEN}-2-0"), Verdict.OTHER_HEADER),
+    "another number": (other_name(f"shmcast-{TOKEN}-1-7"), Verdict.OTHER_HEADER),
+    "a leading zero": (other_name(f"shmcast-{TOKEN}-1-00"), Verdict.OTHER_HEADER),
+    "an arena segment called control": (other_name(f"shmcast-{TOKEN}-1-c"), Verdict.OTHER_HEADER),
+    "a control segment called arena": (lambda folder: lay(folder / NAME, header_of(None)), Verdict.OTHER_HEADER),
+    "cut after its header": (lambda folder: os.truncate(segment(folder, 0), PAGE), Verdict.OTHER_HEADER),
+    "longer than its header says": (lambda folder: os.truncate(segment(folder, 0), 3 * PAGE), Verdict.OTHER_HEADER),
+    "empty": (lambda folder: put(folder / NAME, b""), Verdict.NO_MAGIC),
+    "zeros": (lambda folder: put(folder / NAME, bytes(2 * PAGE)), Verdict.NO_MAGIC),
+    "no magic yet": (changed(0, bytes(8)), Verdict.NO_MAGIC),
+    "foreign bytes": (lambda folder: put(folder / NAME, bytes(range(256)) * (2 * PAGE // 256)), Verdict.NO_MAGIC),
+    "cut in its header": (lambda folder: os.truncate(segment(folder, 0), 63), Verdict.UNCLEAR),
+    "another version": (changed(8, b"\2"), Verdict.UNCLEAR),
+    "an unknown kind": (changed(12, b"\7"), Verdict.UNCLEAR),
+    "another mode": (lambda folder: segment(folder, 0).chmod(0o644), Verdict.UNCLEAR),
+    "a folder": (lambda folder: (folder / NAME).mkdir(), Verdict.NOT_A_FILE),
+    "a fifo": (lambda folder: os.mkfifo(folder / NAME), Verdict.NOT_A_FILE),
+    "a dangling symlink": (lambda folder: (folder / NAME).symlink_to("/nowhere/at/all"), Verdict.NOT_A_FILE),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_names_that_are_not_ours_are_not_looked_at(tmp_path: Path, what: str) -> None:
+    STRANGE[what](tmp_path)
+    before = left(tmp_path)
+    assert _reclaim.sweep(str(tmp_path)) == []
+    assert left(tmp_path) == before
 
 
 @pytest.mark.parametrize("what", SPARED)
 def test_whatever_is_in_doubt_stays(tmp_path: Path, what: str) -> None:
-    SPARED[what](tmp_path)
+    make, verdict = SPARED[what]
+    make(tmp_path)
     before = left(tmp_path)
     open_before = len(os.listdir("/proc/self/fd"))
+    assert verdicts(tmp_path) == dict.fromkeys(before, verdict)
     assert sweep(str(tmp_path)) == []
     assert left(tmp_path) == before
     assert len(before) == 1
@@ -168,6 +259,7 @@ def test_the_segment_of_another_user_stays(tmp_path: Path, monkeypatch: pytest.M
     uid = os.geteuid()
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: uid + 1)
+        assert verdicts(tmp_path) == {path.name: Verdict.OTHER_OWNER}
         assert sweep(str(tmp_path)) == []
     assert path.exists()
     assert sweep(str(tmp_path)) == [path.name]
@@ -190,18 +282,31 @@ def test_a_name_that_was_taken_over_meanwhile_stays(tmp_path: Path, monkeypatch:
         lock(fd, how)
 
     monkeypatch.setattr(_reclaim.fcntl, "flock", late)  # type: ignore[attr-defined]
-    assert sweep(str(tmp_path)) == []
+    assert [found.verdict for found in _reclaim.sweep(str(tmp_path))] == [Verdict.UNCLEAR]
     assert path.read_bytes() == b"new"
+
+
+def test_semaphores_made_until_the_lock_was_had_go_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = segment(tmp_path, None)
+    lock = fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        # Its writer was alive when the names were listed, made one more semaphore, and died.
+        semaphore(tmp_path, "w0")
+        lock(fd, how)
+
+    monkeypatch.setattr(_reclaim.fcntl, "flock", late)  # type: ignore[attr-defined]
+    assert sweep(str(tmp_path)) == [f"sem.shmcast-{TOKEN}-1-w0", control.name]
+    assert left(tmp_path) == set()
 
 
 def test_what_another_sweep_removed_first_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     control = segment(tmp_path, None)
-    semaphore = tmp_path / f"sem.shmcast-{TOKEN}-1-p0"
-    semaphore.write_bytes(bytes(32))
+    other = semaphore(tmp_path, "p0")
     unlink = os.unlink
 
     def raced(path: Any) -> None:
-        if str(path) == str(semaphore):
+        if str(path) == str(other):
             unlink(path)
         unlink(path)
 
@@ -212,45 +317,126 @@ def test_what_another_sweep_removed_first_is_not_counted(tmp_path: Path, monkeyp
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert sweep(str(tmp_path / "none")) == []
+    assert examine(str(tmp_path / "none")) == []
+
+
+def test_the_bytes_are_those_that_the_file_takes(tmp_path: Path) -> None:
+    path = segment(tmp_path, 0)
+    (found,) = examine(str(tmp_path))
+    assert found.nbytes == path.stat().st_blocks * 512 >= 2 * PAGE
+    os.truncate(path, 0)
+    os.truncate(path, 2 * PAGE)
+    (found,) = examine(str(tmp_path))
+    assert found.nbytes == 0
+
+
+# --- orphans: real semaphores whose control segment has no name
+
+
+class Orphan:
+    """A semaphore in /dev/shm, alone, which this process has mapped until `close`."""
+
+    def __init__(self) -> None:
+        self.stem = f"shmcast-{os.urandom(16).hex()}-0"
+        self.path = SHM / f"sem.{self.stem}-p0"
+        self.semaphore = posix_ipc.Semaphore(f"/{self.stem}-p0", posix_ipc.O_CREX, mode=0o600)
+
+    def close(self) -> None:
+        if self.semaphore is not None:
+            self.semaphore.close()
+        self.semaphore = None
+
+    def verdict(self) -> Verdict | None:
+        return {found.name: found.verdict for found in examine()}.get(self.path.name)
+
+
+@pytest.fixture
+def orphan() -> Iterator[Orphan]:
+    made = Orphan()
+    yield made
+    made.close()
+    made.path.unlink(missing_ok=True)
+
+
+def test_an_orphan_that_somebody_has_mapped_stays(orphan: Orphan) -> None:
+    assert orphan.verdict() is Verdict.IN_USE
+    assert orphan.path.name not in sweep()
+    orphan.semaphore.release()
+    other = posix_ipc.Semaphore(f"/{orphan.stem}-p0")
+    other.acquire(0)
+    orphan.close()
+    # The other mapping is enough.
+    assert orphan.verdict() is Verdict.IN_USE
+    other.close()
+    assert orphan.verdict() is Verdict.DEAD
+
+
+def test_an_orphan_that_nobody_has_mapped_goes(orphan: Orphan) -> None:
+    orphan.close()
+    assert orphan.verdict() is Verdict.DEAD
+    assert orphan.path.exists()
+    sweep()
+    assert not orphan.path.exists()
+
+
+def test_an_orphan_that_a_process_had_mapped_goes_once_that_is_killed(orphan: Orphan) -> None:
+    script = (
+        f"import posix_ipc, signal; s = posix_ipc.Semaphore('/{orphan.stem}-p0'); print(flush=True); signal.pause()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    said(process)
+    orphan.close()
+    assert orphan.verdict() is Verdict.IN_USE
+    end(process)
+    assert orphan.verdict() is Verdict.DEAD
+
+
+def test_an_orphan_of_which_the_kernel_says_nothing_stays(orphan: Orphan, monkeypatch: pytest.MonkeyPatch) -> None:
+    orphan.close()
+    real = fcntl.fcntl
+
+    def refused(fd: int, command: int, arg: int = 0) -> int:
+        if command == fcntl.F_SETLEASE:
+            raise OSError(22, "Invalid argument")
+        return real(fd, command, arg)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", refused)
+        assert orphan.verdict() is Verdict.UNCLEAR
+        sweep()
+    assert orphan.path.exists()
+
+
+def test_looking_at_an_orphan_keeps_nobody_from_opening_it(orphan: Orphan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening it breaks the lease that we have for a moment; the signal for that must not end us."""
+    orphan.close()
+    real, opened = fcntl.fcntl, []
+
+    def late(fd: int, command: int, arg: int = 0) -> int:
+        if command == fcntl.F_SETLEASE and arg == fcntl.F_UNLCK:
+            with pytest.raises(BlockingIOError):
+                os.open(orphan.path, os.O_RDWR | os.O_NONBLOCK)
+            opened.append(fd)
+        return real(fd, command, arg)
+
+    monkeypatch.setattr(fcntl, "fcntl", late)
+    assert orphan.verdict() is Verdict.DEAD
+    assert len(opened) == 1
+
+
+def test_a_control_segment_that_comes_back_keeps_its_semaphores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As one does that was made after the names were listed, with its semaphores."""
+    path = semaphore(tmp_path, "p0")
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: [name for name in listed(folder) if name == path.name])
+    segment(tmp_path, None)
+    assert [found.verdict for found in _reclaim.sweep(str(tmp_path))] == [Verdict.UNCLEAR]
+    assert path.exists()
 
 
 # --- real writers in /dev/shm
-
-WRITER = """
-import os, signal, sys
-from shmcast import _arena
-from shmcast._layout import PAGE
-_arena.STEP = 8 * PAGE
-arena = _arena.Arena(2, 32 * PAGE, 3)
-arena.reserve(7 * PAGE, 0.0)
-arena.reserve(PAGE, 0.0)
-if "fork" in sys.argv:
-    if os.fork() == 0:
-        print("child", flush=True)
-        sys.stdin.read()
-        os._exit(0)
-print(arena.address.stem[1:], flush=True)
-signal.pause()
-"""
-
-
-def start(*words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", textwrap.dedent(WRITER), *words]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def said(process: "subprocess.Popen[str]") -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def names(stem: str) -> list[str]:
-    return sorted(name for name in os.listdir(SHM) if stem in name)
-
-
-def end(process: "subprocess.Popen[str]") -> None:
-    process.kill()
-    process.communicate(timeout=60)
 
 
 @pytest.mark.faults
