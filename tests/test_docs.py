@@ -13,6 +13,7 @@ import pytest
 
 import shmcast
 from shmcast import _layout, _wire
+from shmcast._reclaim import Verdict
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -113,6 +114,13 @@ def test_every_fallback_reason_is_in_the_failure_modes() -> None:
     for reason in _wire.Reason:
         if reason not in _wire.CHOICES:
             assert f"fallback ({reason.name.lower()})" in page
+
+
+def test_every_verdict_is_in_the_operations() -> None:
+    page = (DOCS / "operations.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
+    verdicts = {verdict.value for verdict in Verdict}
+    assert verdicts == set(rows)
 
 
 def examples(text: str) -> list[str]:

@@ -55,6 +55,8 @@ LIGHT = [
     "_tickets",
     "_turn",
     "_wire",
+    "cli",
+    "cli.gc",
     "errors",
 ]
 

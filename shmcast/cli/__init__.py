@@ -1,4 +1,4 @@
-"""The command line. Commands import torch and numpy when they run, not before."""
+"""The command line. Commands import torch and numpy when they run, not before; `gc` never does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import click
 
 from shmcast.cli.bench import bench
 from shmcast.cli.demo import demo
+from shmcast.cli.gc import gc
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -16,3 +17,4 @@ def command_line() -> None:
 
 command_line.add_command(bench)
 command_line.add_command(demo)
+command_line.add_command(gc)
