@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 import struct
-from typing import Final
+from typing import Final, Literal
 
 from shmcast._layout import PAGE
 
@@ -51,9 +51,9 @@ def protect(mapping: mmap.mmap) -> None:
         raise OSError(code, f"mprotect: {os.strerror(code)}")
 
 
-def populate(mapping: mmap.mmap, advice: int) -> None:
-    """Map the pages now instead of at their first touch; a kernel that cannot (before 5.14) maps them later."""
-    _advise(address_of(mapping), len(mapping), advice)
+def populate(mapping: mmap.mmap, advice: int) -> bool:
+    """Map the pages now, not at their first touch; False for a kernel (before 5.14) that will map them then."""
+    return _advise(address_of(mapping), len(mapping), advice)
 
 
 def unlock(mapping: mmap.mmap) -> None:
@@ -76,6 +76,16 @@ class PrivatePages:
             self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             self._fd = -1
+
+    def source(self, address: int, size: int) -> Literal["PAGEMAP_SCAN", "pagemap", "none"]:
+        """What of the kernel answers `exist` for these pages."""
+        if self._fd < 0:
+            return "none"
+        try:
+            self._scan(address, size)
+        except OSError:
+            return "none" if self._words(address, size) is None else "pagemap"
+        return "PAGEMAP_SCAN"
 
     def exist(self, address: int, size: int) -> bool:
         """Whether any page of `[address, address + size)` may be a private copy; yes where the kernel does not say."""
@@ -108,12 +118,15 @@ class PrivatePages:
         return regions > 0
 
     def _read(self, address: int, size: int) -> bool:
+        raw = self._words(address, size)
+        return raw is None or any(
+            word & PM_SWAPPED or (word & PM_PRESENT and not word & PM_FILE) for (word,) in struct.iter_unpack("<Q", raw)
+        )
+
+    def _words(self, address: int, size: int) -> bytes | None:
+        """One word a page; None where the kernel gives none."""
         try:
             raw = os.pread(self._fd, size // PAGE * 8, address // PAGE * 8)
         except OSError:
-            return True
-        if len(raw) != size // PAGE * 8:
-            return True
-        return any(
-            word & PM_SWAPPED or (word & PM_PRESENT and not word & PM_FILE) for (word,) in struct.iter_unpack("<Q", raw)
-        )
+            return None
+        return raw if len(raw) == size // PAGE * 8 else None

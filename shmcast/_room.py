@@ -44,12 +44,13 @@ def room(shm: str = SHM, proc: Path = Path("/proc/self"), meminfo: Path = Path("
         fs = os.statvfs(shm)
     except OSError as error:
         return Room(0, f"{shm}: {error.strerror}")
-    rooms = [Room(fs.f_bavail * fs.f_frsize, shm), _memory(meminfo)]
-    for files, folder in _memory_cgroups(proc):
-        left = _left(files, folder)
-        if left is not None:
-            rooms.append(Room(max(0, left), f"the memory limit of {folder}"))
-    return min(rooms)
+    return min(Room(fs.f_bavail * fs.f_frsize, shm), _memory(meminfo), *cgroup_rooms(proc))
+
+
+def cgroup_rooms(proc: Path = Path("/proc/self")) -> list[Room]:
+    """What each memory cgroup above us that has a limit leaves."""
+    lefts = ((folder, _left(files, folder)) for files, folder in _memory_cgroups(proc))
+    return [Room(max(0, left), f"the memory limit of {folder}") for folder, left in lefts if left is not None]
 
 
 def _memory(meminfo: Path) -> Room:

@@ -56,8 +56,13 @@ LIGHT = [
     "_turn",
     "_wire",
     "cli",
+    "cli._checks",
+    "cli._probe_rank",
+    "cli._probes",
+    "cli.doctor",
     "cli.gc",
     "errors",
+    "policy",
 ]
 
 NOUNS = {"Manager", "Handler", "Context", "Buffer", "Helper", "Info", "Data"}

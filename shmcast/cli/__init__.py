@@ -1,4 +1,4 @@
-"""The command line. Commands import torch and numpy when they run, not before; `gc` never does."""
+"""The command line. Commands import torch and numpy when they run, not before; `doctor` and `gc` never do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import click
 
 from shmcast.cli.bench import bench
 from shmcast.cli.demo import demo
+from shmcast.cli.doctor import doctor
 from shmcast.cli.gc import gc
 
 
@@ -17,4 +18,5 @@ def command_line() -> None:
 
 command_line.add_command(bench)
 command_line.add_command(demo)
+command_line.add_command(doctor)
 command_line.add_command(gc)
