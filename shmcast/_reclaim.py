@@ -181,7 +181,7 @@ def _prove_segment(fd: int, status: os.stat_result, name: str) -> str:
     """Lock a dead segment; raise `_Kept` for any other."""
     raw = os.pread(fd, SEGMENT.size, 0)
     if raw[: len(SEGMENT_MAGIC)] != SEGMENT_MAGIC:
-        raise _Kept(Verdict.NO_MAGIC, "may be anybody's, or a writer is just making it")
+        raise _Kept(Verdict.NO_MAGIC, "none of shmcast's making, or damaged: may be anybody's")
     _check_mode(status)
     try:
         header = parse_segment(raw)
@@ -193,7 +193,7 @@ def _prove_segment(fd: int, status: os.stat_result, name: str) -> str:
         raise _Kept(Verdict.OTHER_HEADER, f"its header is that of {told[1:]}")
     if header.size != status.st_size:
         raise _Kept(Verdict.OTHER_HEADER, f"has {status.st_size} bytes, its header says {header.size}")
-    # A creator locks before it writes the magic, a reader before it reads the header: whoever uses it holds a lock.
+    # A creator locks before it gives the name, a reader before it reads the header: whoever uses it holds a lock.
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
