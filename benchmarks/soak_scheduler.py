@@ -10,9 +10,9 @@ against that of the second (the first one warms up).
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
-import statistics
 import sys
 import time
 from collections import deque
@@ -29,21 +29,23 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._ranks import Place, run_ranks
+from benchmarks._soak import MIB, PRIVATE, Bound, judge, plot, require_matplotlib, span, use_of
+from benchmarks.bench_broadcast import write
 from shmcast import Policy, SchedulerBackend
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MIB = 1 << 20
 SAMPLE_SECONDS = 5.0
-GROWTH = 1.10
-SLACK = 16 * MIB
+BOUNDS = {"private": PRIVATE, "fds": Bound(), "threads": Bound()}
 
 
 class Sample(NamedTuple):
     """What one rank has at one moment; bytes, or how many."""
 
-    rss: int
+    at: float
+    private: int
+    pss: int
     fds: int
     threads: int
     pending: int
@@ -73,40 +75,57 @@ def make(raw: dict[str, Any]) -> dict[str, Any]:
 @click.option("--placement", default="spread", show_default=True, type=click.Choice(["entry", "spread"]))
 @click.option("--control", default="ring", show_default=True, type=click.Choice(["ring", "group"]))
 @click.option("--seed", default=1, show_default=True)
-def main(minutes: float, rate: float, ranks: int, placement: str, control: str, seed: int) -> None:
-    console = Console()
+@click.option("--json", "json_file", metavar="FILE", help="All samples as JSON; - is standard output.")
+@click.option("--plot", "plot_file", metavar="FILE", help="All samples as PNG; needs matplotlib.")
+def main(
+    minutes: float,
+    rate: float,
+    ranks: int,
+    placement: str,
+    control: str,
+    seed: int,
+    json_file: str | None,
+    plot_file: str | None,
+) -> None:
+    if plot_file is not None:
+        require_matplotlib()
+    console = Console(stderr=json_file == "-")
     began = time.monotonic()
     before = set(os.listdir("/dev/shm"))
     outcomes: list[Outcome] = run_ranks(
         ranks, soak, minutes * 60, rate, placement, control, seed, tell=lambda text: console.print(text)
     )
     table = Table(
-        "rank", "taken", "aborted", "private memory, MiB", "fds", "threads", "leases", "blocks", "left", "fallbacks"
+        "rank", "taken", "aborted", "private memory", "fds", "threads", "leases", "blocks", "left", "fallbacks"
     )
-    failed = False
+    reasons = []
     for rank, outcome in enumerate(outcomes):
-        grown = {name: compare(outcome.samples, name) for name in Sample._fields}
-        rss = grown["rss"]
-        failed |= rss[1] > rss[0] * GROWTH + SLACK or any(outcome.left.values())
-        failed |= any(grown[name][1] > grown[name][0] for name in ("fds", "threads"))
-        shown = [f"{rss[0] / MIB:.0f} to {rss[1] / MIB:.0f}"]
-        shown += [f"{a:.0f} to {b:.0f}" for a, b in (grown[n] for n in ("fds", "threads", "leases", "blocks"))]
-        left = ", ".join(f"{count} {name}" for name, count in outcome.left.items() if count) or "nothing"
+        series = series_of(outcome.samples)
+        reasons += [f"rank {rank}: {reason}" for reason in judge(series, BOUNDS)]
+        left = ", ".join(f"{count} {name}" for name, count in outcome.left.items() if count)
+        reasons += [f"rank {rank}: {left} are left"] if left else []
+        shown = [span(name, series[name]) for name in ("private", "fds", "threads", "leases", "blocks")]
         done = [str(rank), str(outcome.taken), str(outcome.aborted)]
-        table.add_row(*done, *shown, left, str(outcome.fallbacks or "none"))
+        table.add_row(*done, *shown, left or "nothing", str(outcome.fallbacks or "none"))
     console.print(table)
-    names = set(os.listdir("/dev/shm")) - before
-    failed |= bool(names)
-    verdict = "FAILED" if failed else "flat"
-    console.print(f"{verdict} after {time.monotonic() - began:.0f} s; {len(names)} names left in /dev/shm")
-    sys.exit(failed)
+    reasons += [f"/dev/shm/{name} is left" for name in sorted(set(os.listdir("/dev/shm")) - before)]
+    verdict = "FAILED" if reasons else "flat"
+    console.print(f"{verdict} after {time.monotonic() - began:.0f} s", *reasons, sep="\n  ", highlight=False)
+    if json_file is not None:
+        found = [{**outcome._asdict(), "samples": series_of(outcome.samples)} for outcome in outcomes]
+        write(json.dumps({"verdict": verdict, "reasons": reasons, "ranks": found}, indent=1), json_file)
+    if plot_file is not None:
+        panels = {
+            name: {f"rank {rank}": series_of(outcome.samples)[name] for rank, outcome in enumerate(outcomes)}
+            for name in Sample._fields[1:]
+        }
+        times = [sample.at for sample in outcomes[0].samples]
+        plot(plot_file, f"{verdict}: {ranks} ranks, placement {placement}, seed {seed}", times, panels)
+    sys.exit(bool(reasons))
 
 
-def compare(samples: Sequence[Sample], name: str) -> tuple[float, float]:
-    """The median of the second quarter and of the last."""
-    values = [getattr(sample, name) for sample in samples]
-    quarter = max(1, len(values) // 4)
-    return statistics.median(values[quarter : 2 * quarter] or values), statistics.median(values[-quarter:])
+def series_of(samples: Sequence[Sample]) -> dict[str, list[float]]:
+    return {name: [getattr(sample, name) for sample in samples] for name in Sample._fields}
 
 
 def soak(
@@ -151,7 +170,7 @@ def soak(
             wanted = None
         batch.clear()
         if now > len(samples) * SAMPLE_SECONDS:
-            samples.append(measure(backend))
+            samples.append(measure(backend, now))
             if place.leads and len(samples) % 12 == 0:
                 place.tell(f"{now:.0f} s: {number} requests, {samples[-1]}")
         time.sleep(1 / rate / 2)
@@ -182,13 +201,11 @@ def finish(backend: SchedulerBackend) -> dict[str, int]:
     return left
 
 
-def measure(backend: SchedulerBackend) -> Sample:
-    stats = backend.stats()
-    # Without the shared memory that is mapped: that is bounded by the capacity, and touched little by little.
-    status = Path("/proc/self/status").read_text()
-    rss = int(status.split("RssAnon:")[1].split()[0]) * 1024
-    fds, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-    return Sample(rss, fds, threads, stats.pending, stats.leases_held, stats.live_blocks)
+def measure(backend: SchedulerBackend, at: float) -> Sample:
+    stats, use = backend.stats(), use_of()
+    if use is None:
+        raise RuntimeError("/proc does not say what this process uses")
+    return Sample(at, use.private, use.pss, use.fds, use.threads, stats.pending, stats.leases_held, stats.live_blocks)
 
 
 if __name__ == "__main__":
