@@ -429,12 +429,15 @@ def check_block(head: Bytes, generation: int, length: int) -> None:
 
 def parse_block(block: Bytes, generation: int, kind: BlockKind) -> bytes:
     """A private copy of the skeleton of the block that fills `block`, after checking that it is this use of it."""
-    check_block(block, generation, len(block))
-    found_kind, _, size, crc = BLOCK.unpack_from(block)[3:]
+    # One look: the writer may mark the block as withdrawn at any time, and what is looked at twice may differ. A copy
+    # without the mark is from before the writer looked for OPENED: it finds that, and leaves the block to us (L4).
+    head = bytes(block[: BLOCK.size])
+    check_block(head, generation, len(block))
+    found_kind, _, size, crc = BLOCK.unpack_from(head)[3:]
     if found_kind != kind:
         raise LayoutError(f"the block is of kind {found_kind}, not {kind}")
     skeleton = bytes(block[BLOCK.size : BLOCK.size + size])
-    if len(skeleton) != size or crc != _block_checksum(block[: BLOCK.size], skeleton):
+    if len(skeleton) != size or crc != _block_checksum(head, skeleton):
         raise LayoutError("the checksum of the block does not fit its header and skeleton")
     return skeleton
 

@@ -526,6 +526,25 @@ def test_L4_a_withdrawn_block_is_stale_until_its_next_use() -> None:
     assert block[:100] + block[-100:] == bytes(200)
 
 
+@pytest.mark.parametrize("kind", [BlockKind.MESSAGE, BlockKind.PAYLOAD])
+def test_L4_a_mark_that_comes_after_the_look_changes_nothing(kind: BlockKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer marks, in another process, while a reader that has said OPENED parses: it may see that or not."""
+    block = message_block()
+    if kind == BlockKind.PAYLOAD:
+        _layout.write_block(block, 41, LENGTH, kind)
+    skeleton = parse_block(block, 41, kind)
+    look = _layout.check_block
+
+    def look_and_be_overtaken(head: Any, generation: int, length: int) -> None:
+        look(head, generation, length)
+        _layout.mark_withdrawn(block)
+
+    monkeypatch.setattr(_layout, "check_block", look_and_be_overtaken)
+    assert parse_block(block, 41, kind) == skeleton
+    with pytest.raises(Stale, match="withdrawn"):
+        parse_block(block, 41, kind)
+
+
 def test_a_block_header_alone_tells_which_use_it_is() -> None:
     block = message_block(generation=2**63 + 5)
     head = bytes(block[:64])
