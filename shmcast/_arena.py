@@ -43,7 +43,7 @@ from shmcast._layout import (
 from shmcast._names import Names
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._points import Point, nowhere
-from shmcast._ring import Inbox, Peer, fence
+from shmcast._ring import Inbox, Peer, create_semaphore, fence
 from shmcast._room import default_capacity
 from shmcast._segment import STEP, Segment
 from shmcast._tickets import Held, Tickets
@@ -346,7 +346,7 @@ class Arena:
         with ExitStack() as undo:
             made = []
             for name in names:
-                made.append(posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=_segment.MODE))
+                made.append(create_semaphore(name, _segment.MODE))
                 undo.callback(made[-1].close)
             undo.pop_all()
         base = ring_offset(reader, RING_ENTRIES)

@@ -118,6 +118,16 @@ class Peer:
         return not (self.left or self.dead)
 
 
+def create_semaphore(name: str, mode: int) -> posix_ipc.Semaphore:
+    """A new semaphore at 0; `OSError` where the system refuses it, or somebody has taken its name."""
+    try:
+        return posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=mode)
+    except posix_ipc.ExistentialError as error:
+        raise FileExistsError(f"{name}: {error}") from None
+    except posix_ipc.PermissionsError as error:
+        raise PermissionError(f"{name}: {error}") from None
+
+
 def acquire_all(semaphore: posix_ipc.Semaphore) -> int:
     """Acquire as often as is possible without waiting; how often that was."""
     acquired = 0
