@@ -234,7 +234,6 @@ def test_another_user_that_fills_the_memory_ends_no_writer() -> None:
         """
         import shmcast, torch
         writer = shmcast.Writer(1, capacity=256 << 20, policy=shmcast.Policy(wait=0))
-        reader = shmcast.Reader(writer.address, 0)
         child = os.fork()
         if not child:
             become_a_stranger()
@@ -245,6 +244,7 @@ def test_another_user_that_fills_the_memory_ends_no_writer() -> None:
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         first = writer.empty((60 << 20,), torch.uint8).fill_(7)
+        reader = shmcast.Reader(writer.address, 0)
         assert int(reader.open(writer.publish(first)).sum()) == 7 * (60 << 20)
         for what in (lambda: writer.empty((60 << 20,), torch.uint8), lambda: shmcast.Writer(1, capacity=64 << 20)):
             try:
