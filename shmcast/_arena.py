@@ -13,8 +13,6 @@ from contextlib import ExitStack, suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-import posix_ipc
-
 from shmcast import _segment
 from shmcast._blocks import Block, Blocks
 from shmcast._cache import Cache

@@ -186,6 +186,8 @@ def _link(fd: int, name: str) -> None:
     folder = os.open(SHM, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.link(f"/proc/self/fd/{fd}", SHM + name, src_dir_fd=folder, follow_symlinks=True)
+    except FileExistsError:
+        raise FileExistsError(f"{name} exists: somebody has taken this name") from None
     finally:
         os.close(folder)
 

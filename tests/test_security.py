@@ -284,7 +284,8 @@ def test_a_sweep_neither_removes_nor_minds_what_another_user_put_there(taken: li
         data=bytes(page),
     )
     taken += [SHM / f"{stem}-{number}" for number in range(3)]
-    assert not any(token.hex() in name for name in _reclaim.sweep())
+    found = [found for found in _reclaim.sweep() if token.hex() in found.name]
+    assert [each.verdict for each in found] == [_reclaim.Verdict.OTHER_OWNER, *[_reclaim.Verdict.NOT_A_FILE] * 2]
     assert names_of(token) == [path.name for path in taken]
 
 
