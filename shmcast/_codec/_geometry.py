@@ -23,7 +23,9 @@ MAX_BYTES = 1 << 62  # keeps every sum below inside 64 bits
 
 Shape = tuple[int, ...]
 
-_NUMPY_DTYPE = re.compile(r"[<>|=]?[biufcmMSU][0-9]{0,9}(\[[0-9A-Za-z/]{1,20}\])?")
+# A unit without a fraction, as dtypes call themselves: numpy divides by one, and a zero there is a SIGFPE.
+_UNIT = r"\[([1-9][0-9]{0,9})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\]"
+_NUMPY_DTYPE = re.compile(rf"[<>|=]?([biufcSU][0-9]{{0,9}}|[mM]8({_UNIT})?)")
 _NATIVE = "<" if sys.byteorder == "little" else ">"
 
 
