@@ -85,6 +85,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from shmcast.errors import LayoutError
@@ -436,6 +437,8 @@ def parse_block(block: Bytes, generation: int, kind: BlockKind) -> bytes:
     found_kind, _, size, crc = BLOCK.unpack_from(head)[3:]
     if found_kind != kind:
         raise LayoutError(f"the block is of kind {found_kind}, not {kind}")
+    if size and kind == BlockKind.PAYLOAD:
+        raise LayoutError(f"a payload block with {size} bytes of skeleton")
     skeleton = bytes(block[BLOCK.size : BLOCK.size + size])
     if len(skeleton) != size or crc != _block_checksum(head, skeleton):
         raise LayoutError("the checksum of the block does not fit its header and skeleton")
@@ -461,11 +464,25 @@ def parse_message(block: Bytes, generation: int) -> Message:
     starts = (BLOCK.size + len(skeleton), *(BLOCK.size for _ in blocks))
     lengths = (len(block), *(listed.length for listed in blocks))
     for piece in pieces:
-        if piece.block >= len(lengths) or piece.offset < starts[piece.block]:
+        if piece.block >= len(lengths) or piece.offset < starts[piece.block] or not piece.length:
             raise LayoutError(f"{piece} names no payload")
         if piece.offset + piece.length > lengths[piece.block] or piece.offset % LINE:
             raise LayoutError(f"{piece} leaves its block of {lengths[piece.block]} bytes, or is not aligned")
+    # Small pieces are copied: a message that claims its bytes again and again would be copied each time. A piece may
+    # begin in the line in which the one before it ends.
+    if sum(piece.length for piece in pieces) > sum(lengths) + LINE * n_pieces:
+        raise LayoutError(f"{n_pieces} pieces are larger than the blocks that they lie in")
+    if n_blocks > 1:
+        _check_apart(blocks)
     return Message(skeleton[at + n_pieces * PIECE.size :], blocks, pieces)
+
+
+def _check_apart(blocks: tuple[Descriptor, ...]) -> None:
+    """Raise `LayoutError` where a page would belong to two of the blocks (L2)."""
+    places = sorted((block.segment, block.offset, block.offset + round_up(block.length, PAGE)) for block in blocks)
+    for (segment, _, end), (other, offset, _) in pairwise(places):
+        if segment == other and offset < end:
+            raise LayoutError(f"blocks that overlap at {offset} of segment {segment}")
 
 
 def check_descriptor(where: Descriptor) -> None:

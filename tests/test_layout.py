@@ -679,6 +679,40 @@ def test_refuses_a_piece_outside_its_block(piece: Piece) -> None:
         parse_message(message_block(message), 41)
 
 
+@pytest.mark.parametrize("piece", [Piece(0, 192, 0), Piece(1, 64, 0), Piece(1, 512, 0)])
+def test_refuses_a_piece_without_bytes(piece: Piece) -> None:
+    with pytest.raises(LayoutError, match="names no payload"):
+        parse_message(message_block(Message(b"seven b", MESSAGE.blocks, (piece,))), 41)
+
+
+def test_refuses_pieces_that_claim_the_same_bytes_again_and_again() -> None:
+    """A reader copies small pieces: a skeleton of a few KiB would make it copy hundreds of MiB."""
+    pieces = (Piece(1, 64, 448),) * 100
+    with pytest.raises(LayoutError, match="larger than the blocks"):
+        parse_message(message_block(Message(b"", MESSAGE.blocks, pieces), length=8192), 41)
+
+
+@pytest.mark.parametrize(
+    "other", [Descriptor(3, PAGE, 64, 1), Descriptor(3, 2 * PAGE, 64, 2), Descriptor(3, PAGE, 64, 9)]
+)
+def test_L2_refuses_blocks_that_share_a_page(other: Descriptor) -> None:
+    listed = Descriptor(3, PAGE, PAGE + 1, 1)
+    for blocks in ((listed, other), (other, Descriptor(4, PAGE, 64, 1), listed)):
+        with pytest.raises(LayoutError, match="overlap"):
+            parse_message(message_block(Message(b"", blocks, ())), 41)
+    apart = (listed, Descriptor(3, 3 * PAGE, 64, 2), Descriptor(4, PAGE, 64, 1))
+    assert parse_message(message_block(Message(b"", apart, ())), 41).blocks == apart
+
+
+def test_refuses_a_payload_block_with_a_skeleton() -> None:
+    """Whoever lists it often would have its checksum computed as often."""
+    block = bytearray(LENGTH)
+    block[64:70] = b"sixsix"
+    _layout.write_block(block, 41, LENGTH, BlockKind.PAYLOAD, b"sixsix")
+    with pytest.raises(LayoutError, match="payload block with 6 bytes of skeleton"):
+        _layout.parse_block(block, 41, BlockKind.PAYLOAD)
+
+
 def test_the_stream_is_a_private_copy() -> None:
     block = message_block()
     message = parse_message(memoryview(block), 41)
@@ -700,15 +734,15 @@ descriptors = st.builds(
 def messages(draw: st.DrawFn) -> tuple[int, Message]:
     """The length of a block, and a message that lies well in it."""
     stream = draw(st.binary(max_size=80))
-    blocks = tuple(draw(st.lists(descriptors, max_size=4)))
+    roomy = descriptors.filter(lambda block: block.length > 128)
+    blocks = tuple(draw(st.lists(roomy, max_size=4, unique_by=lambda block: block.segment)))
     wanted: list[Piece | int] = []
-    for _ in range(draw(st.integers(0, 6))):
-        block = draw(st.integers(0, len(blocks)))
+    for block in draw(st.permutations([*range(1, len(blocks) + 1), *[0] * draw(st.integers(0, 4))])):
         if not block:
-            wanted.append(draw(st.integers(0, 300)))
+            wanted.append(draw(st.integers(1, 300)))
             continue
-        line = draw(st.integers(1, blocks[block - 1].length // 64))
-        wanted.append(Piece(block, 64 * line, draw(st.integers(0, blocks[block - 1].length - 64 * line))))
+        line = draw(st.integers(1, (blocks[block - 1].length - 1) // 64))
+        wanted.append(Piece(block, 64 * line, draw(st.integers(1, blocks[block - 1].length - 64 * line))))
     plan = plan_message(len(stream), len(blocks), wanted)
     return plan.length, Message(stream, blocks, plan.pieces)
 
