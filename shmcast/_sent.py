@@ -27,6 +27,9 @@ T = TypeVar("T")
 Deliver = Callable[[int, object, int], None]
 """Gets the number of a request in its batch, its object or exception, and the bytes of shared memory it pins."""
 
+_ENTRIES: Final = [[int, int, bytes, inline, str, int] for inline in (type(None), Tensor)]
+"""Types of the parts of an entry in the index of a batch."""
+
 HERE: Final = object()
 """In a result's place: whoever wants it runs `fn` on the raw inputs."""
 
@@ -78,15 +81,18 @@ def parse_index(index: object, count: int | None) -> list[Sent]:
 
 
 def _parse_entry(entry: Any) -> Sent:
+    # Before anything is asked of it: a tensor has no truth value, and unpacks row by row, of which it may have 2**40.
+    if type(entry) is not tuple or [type(part) for part in entry] not in _ENTRIES:
+        raise LayoutError("an entry in the index of a batch with parts of other types")
+    route, reason, handle, inline, text, leaves = entry
     try:
-        route, reason, handle, inline, text, leaves = entry
         parsed = Handle.parse(handle) if handle else None
         sent = Sent(HeaderRoute(route), Reason(reason), parsed, inline, text, leaves=leaves)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise LayoutError(f"an entry in the index of a batch: {error}") from error
-    if (sent.handle is not None) != (sent.route in WITH_HANDLE) or type(text) is not str or type(leaves) is not int:
+    if (sent.handle is not None) != (sent.route in WITH_HANDLE):
         raise LayoutError(f"an entry in the index of a batch with route {sent.route.name} and handle {sent.handle}")
-    if (type(inline) is Tensor) != (sent.route is HeaderRoute.INLINE) or sent.route is HeaderRoute.PICKLE:
+    if (inline is not None) != (sent.route is HeaderRoute.INLINE) or sent.route is HeaderRoute.PICKLE:
         raise LayoutError(
             f"an entry in the index of a batch with route {sent.route.name}, inline {type(inline).__name__}"
         )

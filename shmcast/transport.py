@@ -416,6 +416,8 @@ def pack_inline(encoded: Encoded) -> Tensor:
 
 def unpack_inline(tensor: Tensor, allow: Allow, leaves: Leaves | None = None) -> object:
     """The object in a tensor of `pack_inline`; its tensors are views of it. `LayoutError` for anything else."""
+    if tensor.dtype is not torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
+        raise LayoutError(f"an inline message of {tensor.dtype}, shape {tuple(tensor.shape)}")
     message = parse_message(tensor.numpy().data, 0)
     if message.blocks:
         raise LayoutError("an inline message lists blocks")
