@@ -81,7 +81,11 @@ class Inbox:
         for _ in range(min(self._posted.value + self._token, self._entries)):
             if not self._token:
                 self._token = True
-                self._posted.acquire(0)
+                try:
+                    self._posted.acquire(0)
+                except posix_ipc.BusyError:  # somebody else has taken it, which no reader of ours does
+                    self._token = False
+                    return
             try:
                 entry = parse_entry(self._control, self._entries, self._seq, self._base)
             except LayoutError:

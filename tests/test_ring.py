@@ -329,6 +329,21 @@ def test_a_flooded_semaphore_does_not_keep_the_writer(pair: Pair) -> None:
     assert inbox.bad <= ENTRIES
 
 
+def test_a_token_that_another_process_took_is_no_error_and_no_entry(pair: Pair) -> None:
+    class Robbed(Semaphore):
+        def acquire(self, timeout: float | None = None) -> None:
+            raise posix_ipc.BusyError("nothing left")
+
+    assert pair.post(5)
+    control: Any = pair.memory
+    robbed = Robbed(1)
+    inbox = Inbox(control, BASE, ENTRIES, robbed)
+    assert list(inbox.drain()) == []
+    inbox._posted = Semaphore(1)
+    assert [value for _, value in inbox.drain()] == [5]
+    assert inbox.bad == 0
+
+
 # --- semaphores
 
 
