@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcast._codec import Allow
-from shmcast._layout import VERSION
 from shmcast._points import nowhere
+from shmcast._layout import NEVER, VERSION
 from shmcast._wire import Address
 from shmcast.errors import LayoutError, ShmcastError
 from shmcast.policy import Policy, Route, read_environment
@@ -66,12 +66,14 @@ class Offer:
     def parse(cls, raw: bytes) -> Offer:
         """The offer in `raw`, or `LayoutError`."""
         try:
-            fields = json.loads(raw)
+            fields = json.loads(raw.decode())
             offer = cls(**fields)
         except (ValueError, TypeError, RecursionError) as error:
             raise LayoutError(f"another rank answers something else: {error}; is this the same library?") from error
         if any(type(value) is not type(getattr(cls, name)) for name, value in asdict(offer).items()):
             raise LayoutError(f"another rank answers something else: {fields}")
+        if not 0 <= offer.plane <= NEVER:
+            raise LayoutError(f"another rank names control plane {offer.plane:#x}, which fits in no header")
         return offer
 
 
@@ -172,6 +174,8 @@ def join(control: GroupControl, offer: Offer, attach: Callable[[list[Offer]], st
     for rank, other in enumerate(offers):
         if other.wrong:
             raise ShmcastError(f"rank {rank} was made with wrong arguments: {other.wrong}")
+        if not 0 <= other.src < len(offers):
+            raise LayoutError(f"rank {rank} names entry rank {other.src} in a group of {len(offers)}")
     why = _difference(offers)
     if not why:
         trouble = attach(offers)
