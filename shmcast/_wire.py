@@ -259,6 +259,8 @@ def parse_header(raw: Bytes, plane: int) -> Header:
         )
     if not HeaderRoute.SHM <= route <= HeaderRoute.PICKLE or not Call.BROADCAST <= found_call <= Call.BATCH:
         raise LayoutError(f"header with unknown route {route} or call {found_call}")
+    if length >> 63:
+        raise LayoutError(f"header with length {length}, which no tensor has")
     if reason > LAST_REASON:
         raise LayoutError(f"header with unknown reason {reason}")
     return Header(
