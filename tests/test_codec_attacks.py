@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import os
@@ -10,6 +11,7 @@ import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 from shmcast._codec import Allow, Leaves, decode, encode
 from shmcast._codec import _table as table_format
 from shmcast._codec._table import HEADER, join, split
-from shmcast.errors import LayoutError, NotAllowed, ShmcastError
+from shmcast.errors import EncodeError, LayoutError, NotAllowed, ShmcastError
 from tests.support import codec_types as kinds
 from tests.support.codec import bits, carry, span_of, tensors_in, within
 
@@ -283,6 +285,27 @@ def test_instances_of_bad_parts(name: str) -> None:
     refused(instance(cls, values, b"}b" if name.startswith("BUILD") else b""))
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("cannot say")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moody:
+    """Admitted, and so its hash may run; what it raises tells nothing."""
+
+    value: Any
+
+    def __hash__(self) -> int:
+        raise Mute
+
+
+def test_an_error_that_cannot_say_what_it_is() -> None:
+    allow = Allow([Moody])
+    stream = forged(b"}" + MARKER + b"(K\x10NtRNs.", [allow.by_class(Moody).label], [1, 0])
+    assert str(refused(stream, allow=allow)) == "not a skeleton: Mute"
+
+
 def test_an_enum_cannot_be_changed() -> None:
     for change in (
         b"}\x8c\x07_value_K\x09sb",
@@ -529,6 +552,69 @@ def test_a_hash_that_would_never_end() -> None:
     doubled = b")\x94" + b"".join(bytes([*b"h", index, *b"h", index]) + b"\x86\x94" for index in range(60))
     for hashed in (b"}h\x3cNs", b"\x8f(h\x3c\x90", b"(h\x3c\x91"):
         assert "nested too deeply" in str(refused(forged(b"(" + doubled + hashed + b"t.")))
+
+
+def test_a_hash_that_would_never_end_inside_what_the_collector_cannot_see() -> None:
+    """The same within a Struct of gc=False."""
+    record = ALLOW.by_class(kinds.FrozenStruct)
+    doubled = b")\x94" + b"".join(bytes([*b"h", index, *b"h", index]) + b"\x86\x94" for index in range(60))
+    stream = forged(b"(" + doubled + b"}" + MARKER + b"(K\x10h\x3ctRNst.", [record.label], [1, 0])
+    assert "nested too deeply" in str(refused(stream))
+
+
+def test_a_key_is_weighed_without_a_copy_of_what_it_names_again_and_again() -> None:
+    """A tuple of 4,000 times one list of 4,000: together 16 million parts, of which none may be listed first."""
+    part = b"](" + b"N" * 4000 + b"e\x94"
+    stream = forged(b"(" + part + b"}(" + b"h\x00" * 4000 + b"tNst.")
+    tracemalloc.start()
+    try:
+        assert "nested too deeply" in str(refused(stream))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 << 20
+
+
+def long_int(value: int) -> bytes:
+    digits = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8b" + struct.pack("<i", len(digits)) + digits
+
+
+@pytest.mark.parametrize("start", [b"}(", b"\x8f(", b"("], ids=["dict", "set", "frozenset"])
+def test_keys_of_one_hash_are_refused_before_they_cost_their_square(start: bytes) -> None:
+    keys = [long_int(index * sys.hash_info.modulus) for index in range(1, 6000)]
+    end = {b"}(": b"u", b"\x8f(": b"\x90", b"(": b"\x91"}[start]
+    between = b"N" if start == b"}(" else b""
+    stream = forged(start + b"".join(key + between for key in keys) + end + b".")
+    assert "one hash" in str(refused(stream))
+    few = forged(start + b"".join(key + between for key in keys[:500]) + end + b".")
+    value: Any = decode(few, (), ALLOW)
+    assert len(value) == 500
+
+
+def test_keys_of_one_hash_are_counted_over_all_that_is_added_to_a_container() -> None:
+    items = b"".join(long_int(index * sys.hash_info.modulus) + b"Ns" for index in range(1, 6000))
+    assert "one hash" in str(refused(forged(b"}" + items + b".")))
+
+
+def test_a_vast_int_is_no_cheap_key() -> None:
+    """Its hash walks its digits each time: nothing keeps it."""
+    vast = long_int(1 << 800_000) + b"\x94"
+    assert "nested too deeply" in str(refused(forged(b"(" + vast + b"}h\x00Ns" * 2000 + b"t.")))
+    assert "nested too deeply" in str(refused(forged(b"(" + vast + b"}h\x00\x85Ns" * 2000 + b"t.")))
+    once: Any = decode(forged(b"}" + vast + b"Ns."), (), ALLOW)
+    assert once == {1 << 800_000: None}
+
+
+def test_a_range_divides_no_vast_ints() -> None:
+    vast = long_int(1 << 100_000)
+    assert "vast" in str(refused(forged(MARKER + b"(K\x02K\x00" + vast + b"K\x03tR.")))
+    assert "vast" in str(refused(forged(MARKER + b"(K\x02K\x00K\x05" + vast + b"tR.")))
+    with pytest.raises(EncodeError, match=r"\[0\]: a range of ints of more than 128 bits"):
+        encode([range(1 << 200)], ALLOW)
+    most = range(-(2**128) + 1, 2**128 - 1, 3)
+    encoded = encode([most], ALLOW)
+    assert decode(encoded.stream, (), ALLOW) == [most]
 
 
 DEEP = 100_000

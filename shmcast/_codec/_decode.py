@@ -11,7 +11,7 @@ from shmcast.errors import LayoutError, NotAllowed
 
 from . import _leaves, _table
 from ._classes import MAX_UNTRACKED_DEPTH, ClassRecord
-from ._geometry import Shape, check_dims, extent, numpy_dtype, torch_dtype
+from ._geometry import Shape, check_dims, extent, is_vast, numpy_dtype, torch_dtype
 from ._leaves import Leaves, Signature
 from ._machine import Machine
 from ._table import Cursor
@@ -39,7 +39,7 @@ def decode(stream: bytes, pieces: Sequence[torch.Tensor], allow: Allow, leaves: 
     except (LayoutError, NotAllowed):
         raise
     except Exception as error:  # damaged bytes reach numpy, torch and the user's classes: whatever they raise
-        raise LayoutError(f"not a skeleton: {type(error).__name__}: {error}") from error
+        raise LayoutError(f"not a skeleton: {_described(error)}") from error
 
 
 class _Rebuilder:
@@ -227,6 +227,13 @@ _ENTRIES: dict[int, Callable[[_Rebuilder], object]] = {
 }
 
 
+def _described(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # the user's class may raise an error that cannot say what it is
+        return type(error).__name__
+
+
 def _record(label: str, allow: Allow) -> ClassRecord:
     module, name, digest = label.split(":")
     record = allow.by_name(module, name)
@@ -274,6 +281,13 @@ def _ints(*values: Any) -> Any:
     return values
 
 
+def _range(start: Any, stop: Any, step: Any) -> range:
+    _ints(start, stop, step)
+    if is_vast(start, stop, step):
+        raise LayoutError("a range of vast ints")
+    return range(start, stop, step)
+
+
 def _slice(start: Any, stop: Any, step: Any) -> slice:
     _ints(*[bound for bound in (start, stop, step) if bound is not None])
     return slice(start, stop, step)
@@ -301,7 +315,7 @@ def _numpy_text(value: object) -> object:
 _BUILTINS: dict[int, Callable[..., object]] = {
     _table.COMPLEX: _complex,
     _table.SLICE: _slice,
-    _table.RANGE: lambda start, stop, step: range(*_ints(start, stop, step)),
+    _table.RANGE: _range,
     _table.DTYPE: lambda name: torch_dtype(_text(name)),
     _table.SIZE: lambda *sizes: torch.Size(_ints(*sizes)),
     _table.DEVICE: lambda name: torch.device(_text(name)),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_DIMS = 64
 MAX_BYTES = 1 << 62  # keeps every sum below inside 64 bits
 
+MAX_RANGE_BITS = 128
+
 Shape = tuple[int, ...]
 
 # A unit without a fraction, as dtypes call themselves: numpy divides by one, and a zero there is a SIGFPE.
@@ -106,3 +108,8 @@ def check_dims(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> i
         if bound > MAX_BYTES:
             raise LayoutError(f"shape {tuple(shape)} is beyond any memory")
     return count
+
+
+def is_vast(*bounds: int) -> bool:
+    """Whether a range of these bounds cannot travel: it divides them, which takes the square of their digits."""
+    return any(bound.bit_length() > MAX_RANGE_BITS for bound in bounds)

@@ -1,8 +1,9 @@
 """A pickle machine that can only build plain data: no opcode of it looks up a name, sets state or calls anything.
 
 It knows the opcodes that `_encode` produces and no others. `REDUCE` applies the one marker, which stands for
-the codec's own rebuild function. Everything is bounded by the length of the code: nothing here recurses, and a
-dict key or set member, whose hash recurses in C, is weighed before it is hashed.
+the codec's own rebuild function. Everything is bounded by the length of the code: nothing here recurses, a dict key or
+set member, whose hash recurses in C, is weighed before it is hashed, and keys that have one hash are paid for: each is
+compared with all of them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import gc
 import pickle
 import struct
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from shmcast.errors import LayoutError
@@ -21,6 +24,10 @@ KEY_BUDGET = 1 << 20
 _PROTO = b"\x80\x05"
 _U2, _I4, _U4, _U8, _F8 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<Q", ">d"))
 _SIMPLE = frozenset((str, int, float, bool, bytes, complex, type(None)))
+# Their hashes are random, their own, or shared by a few dozen; ints below the modulus of their hash are their own hash.
+_CHEAP = frozenset((str, float, bool, bytes, type(None)))
+_HASH_MODULUS = sys.hash_info.modulus
+_HAVE_GC = 1 << 14  # Py_TPFLAGS_HAVE_GC: what `gc` can look into
 
 
 class Machine:
@@ -29,7 +36,7 @@ class Machine:
     `entries`: what a persistent id gives, the marker first. `rebuild`: called with what the marker is applied to.
     """
 
-    __slots__ = ("_budget", "_code", "_entries", "_marks", "_memo", "_rebuild", "_sealed", "_stack")
+    __slots__ = ("_budget", "_code", "_entries", "_hashes", "_marks", "_memo", "_rebuild", "_sealed", "_stack")
 
     def __init__(self, code: bytes, entries: Sequence[object], rebuild: Callable[[tuple[Any, ...]], object]) -> None:
         self._code = code
@@ -41,6 +48,8 @@ class Machine:
         # Lists that came from outside, perhaps the reader's own raw inputs: nothing may be appended to them.
         self._sealed = {id(entry) for entry in entries if type(entry) is list}
         self._budget = KEY_BUDGET + 64 * len(code)
+        # For each container with other than cheap keys: itself, and how many of them have each hash.
+        self._hashes: dict[int, tuple[object, dict[int, int]]] = {}
 
     def run(self) -> object:
         """The one value that the code leaves; raises `LayoutError`, or what a damaged code leads to (see `decode`)."""
@@ -211,7 +220,7 @@ class Machine:
         target = self._stack[-1]
         if type(target) is not dict:
             raise LayoutError("items for what is not a dict")
-        self._weigh(keys)
+        self._weigh(target, keys)
         target.update(zip(keys, values, strict=True))
 
     def _additems(self, at: int) -> int:
@@ -219,13 +228,13 @@ class Machine:
         target = self._stack[-1]
         if type(target) is not set:
             raise LayoutError("members for what is not a set")
-        self._weigh(items)
+        self._weigh(target, items)
         target.update(items)
         return at
 
     def _frozenset(self, at: int) -> int:
         items = self._popped()
-        self._weigh(items)
+        self._weigh(items, items)
         self._stack.append(frozenset(items))
         return at
 
@@ -271,23 +280,55 @@ class Machine:
     def _refuse(self, at: int) -> int:
         raise LayoutError(f"opcode {self._code[at - 1]:#04x} at byte {at - 1} is none that a skeleton has")
 
-    def _weigh(self, keys: list[Any]) -> None:
-        """Refuse keys whose hash would walk too far: a tuple of tuples shares parts, its hash walks each anew."""
+    # Keys and members.
+
+    def _weigh(self, target: object, keys: list[Any]) -> None:
+        """Refuse keys of `target` whose hash would walk too far, and too many of them that have one hash."""
         for key in keys:
-            if type(key) in _SIMPLE:
+            if type(key) in _CHEAP or (type(key) is int and -_HASH_MODULUS < key < _HASH_MODULUS):
                 continue
-            layer = [key]
-            depth = 0
-            while layer:
-                self._budget -= len(layer)
-                depth += 1
-                if self._budget < 0 or depth > MAX_KEY_DEPTH:
-                    raise LayoutError("a key nested too deeply")
-                layer = gc.get_referents(*[part for part in layer if not _ends(part)])
+            weight = self._weight(key)
+            _, met = self._hashes.setdefault(id(target), (target, {}))
+            found = hash(key)
+            before = met.get(found, 0)
+            met[found] = before + 1
+            self._charge(before * weight)
+
+    def _weight(self, key: object) -> int:
+        """How many parts a hash of `key` walks: a tuple of tuples shares parts, its hash walks each anew."""
+        left = self._budget
+        pending: list[Iterator[Any]] = [iter((key,))]
+        while pending:
+            for part in pending[-1]:
+                # The hash of a large int walks its digits.
+                self._charge(1 + (part.bit_length() >> 6 if type(part) is int else 0))
+                if type(part) not in _SIMPLE and not isinstance(part, type):
+                    if len(pending) > MAX_KEY_DEPTH:
+                        raise LayoutError("a key nested too deeply")
+                    pending.append(_parts(part))
+                    break
+            else:
+                pending.pop()
+        return left - self._budget
+
+    def _charge(self, steps: int) -> None:
+        self._budget -= steps
+        if self._budget < 0:
+            raise LayoutError("keys nested too deeply, or too many with one hash")
 
 
-def _ends(part: object) -> bool:
-    return type(part) in _SIMPLE or isinstance(part, type)
+def _parts(whole: Any) -> Iterator[Any]:
+    """What a hash of `whole` may walk. Containers are not copied: the same one may be met at each of many levels."""
+    kind = type(whole)
+    if kind in (tuple, frozenset, list, set):
+        return iter(whole)
+    if kind is dict:
+        return chain(whole, whole.values())
+    if kind.__flags__ & _HAVE_GC:
+        return iter(gc.get_referents(whole))
+    # A Struct of gc=False keeps its fields from `gc`.
+    names: tuple[str, ...] = getattr(kind, "__struct_fields__", ())
+    return (object.__getattribute__(whole, name) for name in names)
 
 
 def _opcodes(table: dict[bytes, Handler]) -> list[Handler]:

@@ -11,7 +11,7 @@ from shmcast.errors import EncodeError
 
 from . import _table
 from ._classes import Values, kind_of
-from ._geometry import MAX_DIMS, refuse_numpy_dtype
+from ._geometry import MAX_DIMS, MAX_RANGE_BITS, is_vast, refuse_numpy_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,10 +34,17 @@ def _slice_parts(value: slice) -> Values:
     return (_table.SLICE, *bounds)
 
 
+def _range_parts(value: range) -> Values:
+    bounds = (value.start, value.stop, value.step)
+    if is_vast(*bounds):
+        raise Refusal(value, f"a range of ints of more than {MAX_RANGE_BITS} bits cannot be sent")
+    return (_table.RANGE, *bounds)
+
+
 BUILTINS: dict[type, Callable[[Any], Values]] = {
     complex: lambda value: (_table.COMPLEX, value.real, value.imag),
     slice: _slice_parts,
-    range: lambda value: (_table.RANGE, value.start, value.stop, value.step),
+    range: _range_parts,
     torch.dtype: lambda value: (_table.DTYPE, str(value)),
     torch.Size: lambda value: (_table.SIZE, *value),
     torch.device: lambda value: (_table.DEVICE, str(value)),
