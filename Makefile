@@ -8,7 +8,7 @@ SETUP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format matrix bench clean
+.PHONY: help setup demo test check format matrix fuzz bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,9 +43,12 @@ format: $(SETUP) ## format the code and mend what ruff can mend
 matrix: $(SETUP) ## kill every end at every point, 20 times over: make matrix ROUNDS=3
 	@MATRIX_ROUNDS=$(or $(ROUNDS),20) $(BIN)/python -m pytest tests/test_matrix.py $(ARGS)
 
+fuzz: $(SETUP) ## feed hostile bytes to the parsers: make fuzz ARGS="skeleton --seconds 60"
+	@$(BIN)/python -m fuzz.run $(ARGS)
+
 bench: $(SETUP) ## measure: make bench ARGS="--help"
 	@$(BIN)/python benchmarks/bench_broadcast.py $(ARGS)
 
 clean: ## delete caches and build outputs; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find shmcast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find shmcast tests benchmarks fuzz -name __pycache__ -type d -prune -exec rm -rf {} +
