@@ -606,6 +606,24 @@ def test_a_vast_int_is_no_cheap_key() -> None:
     assert once == {1 << 800_000: None}
 
 
+@pytest.mark.parametrize("letter", [b"X", b"B"])
+def test_long_text_is_no_cheap_key(letter: bytes) -> None:
+    """A key that is equal to the one there, and not the same object, is compared with it byte by byte."""
+    text = letter + struct.pack("<I", 1 << 20) + b"a" * (1 << 20)
+    again = b"h\x01Ns" * 40_000
+    assert "keys" in str(refused(forged(b"(" + text + b"\x94" + text + b"\x94}h\x00Ns" + again + b"t.")))
+    few: Any = decode(forged(b"(" + text + b"\x94" + text + b"\x94}h\x00Ns" + b"h\x01Ns" * 5 + b"t."), (), ALLOW)
+    assert len(few[2]) == 1
+
+
+def test_positions_of_absent_fields_are_counted_before_they_are_walked() -> None:
+    """One long tuple of them, named for each of many instances, would be walked for each: three are one too many."""
+    label = ALLOW.by_class(kinds.Frozen).label
+    assert "positions" in str(refused(forged(MARKER + b"(K\x10NN}K\x00K\x00K\x00\x87tR.", [label], [1, 0])))
+    both: Any = decode(forged(MARKER + b"(K\x10NN}K\x00K\x01\x86tR.", [label], [1, 0]), (), ALLOW)
+    assert vars(both) == {}
+
+
 def test_a_range_divides_no_vast_ints() -> None:
     vast = long_int(1 << 100_000)
     assert "vast" in str(refused(forged(MARKER + b"(K\x02K\x00" + vast + b"K\x03tR.")))

@@ -131,7 +131,12 @@ def split_tail(values: Values, count: int) -> tuple[dict[str, Any], frozenset[in
     absent = values[count + 1] if len(values) > count + 1 else ()
     if type(extras) is not dict or not all(type(name) is str for name in extras):
         raise LayoutError("extras that are not a dict of names")
-    if type(absent) is not tuple or not all(type(index) is int and 0 <= index < count for index in absent):
+    # Their number first: a stream may name one long tuple again and again.
+    if (
+        type(absent) is not tuple
+        or len(absent) > count
+        or not all(type(index) is int and 0 <= index < count for index in absent)
+    ):
         raise LayoutError("positions of absent fields that are not positions")
     return extras, frozenset(absent)
 

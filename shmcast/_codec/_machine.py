@@ -20,12 +20,12 @@ from shmcast.errors import LayoutError
 
 MAX_KEY_DEPTH = 1000
 KEY_BUDGET = 1 << 20
+LONG_KEY = 4096
 
 _PROTO = b"\x80\x05"
 _U2, _I4, _U4, _U8, _F8 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<Q", ">d"))
 _SIMPLE = frozenset((str, int, float, bool, bytes, complex, type(None)))
-# Their hashes are random, their own, or shared by a few dozen; ints below the modulus of their hash are their own hash.
-_CHEAP = frozenset((str, float, bool, bytes, type(None)))
+_CHEAP = frozenset((float, bool, type(None)))  # a hash of these is shared by a few dozen at most
 _HASH_MODULUS = sys.hash_info.modulus
 _HAVE_GC = 1 << 14  # Py_TPFLAGS_HAVE_GC: what `gc` can look into
 
@@ -285,7 +285,7 @@ class Machine:
     def _weigh(self, target: object, keys: list[Any]) -> None:
         """Refuse keys of `target` whose hash would walk too far, and too many of them that have one hash."""
         for key in keys:
-            if type(key) in _CHEAP or (type(key) is int and -_HASH_MODULUS < key < _HASH_MODULUS):
+            if _is_cheap(key):
                 continue
             weight = self._weight(key)
             _, met = self._hashes.setdefault(id(target), (target, {}))
@@ -300,8 +300,7 @@ class Machine:
         pending: list[Iterator[Any]] = [iter((key,))]
         while pending:
             for part in pending[-1]:
-                # The hash of a large int walks its digits.
-                self._charge(1 + (part.bit_length() >> 6 if type(part) is int else 0))
+                self._charge(1 + _extent(part))
                 if type(part) not in _SIMPLE and not isinstance(part, type):
                     if len(pending) > MAX_KEY_DEPTH:
                         raise LayoutError("a key nested too deeply")
@@ -315,6 +314,24 @@ class Machine:
         self._budget -= steps
         if self._budget < 0:
             raise LayoutError("keys nested too deeply, or too many with one hash")
+
+
+def _is_cheap(key: Any) -> bool:
+    """Whether nothing can be made of many such keys: they have hashes of their own, and are compared at once."""
+    kind = type(key)
+    if kind is str or kind is bytes:
+        return len(key) <= LONG_KEY
+    if kind is int:
+        return bool(-_HASH_MODULUS < key < _HASH_MODULUS)
+    return kind in _CHEAP
+
+
+def _extent(part: Any) -> int:
+    """The hash of a large int walks its digits; long text is walked where it meets text that is equal, not the same."""
+    kind = type(part)
+    if kind is int:
+        return int(part.bit_length() >> 6)
+    return len(part) >> 6 if kind is str or kind is bytes else 0
 
 
 def _parts(whole: Any) -> Iterator[Any]:
