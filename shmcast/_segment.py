@@ -10,7 +10,7 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import replace
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 import posix_ipc
@@ -19,6 +19,9 @@ from shmcast._layout import PAGE, Kind, SegmentHeader, parse_segment, ring_offse
 from shmcast._pages import MADV_POPULATE_WRITE, address_of, populate, protect, unlock
 from shmcast._room import SHM, room
 from shmcast.errors import ArenaFull, LayoutError, PeerDied
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Isolation = Literal["cow", "guard", "shared"]
 
@@ -238,11 +241,19 @@ def _forget() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))
     for segment in list(_segments):
         segment.fd = -1
-    for entry in os.listdir("/proc/self/fd") if inodes else ():
+    for fd in _descriptors() if inodes else ():
         with suppress(OSError):
-            status = os.fstat(int(entry))
+            status = os.fstat(fd)
             if (status.st_dev, status.st_ino) in inodes:
-                os.close(int(entry))
+                os.close(fd)
+
+
+def _descriptors() -> Iterable[int]:
+    """What may be open here; where no descriptor is left to look with, every number there is."""
+    try:
+        return [int(entry) for entry in os.listdir("/proc/self/fd")]
+    except OSError:
+        return range(os.sysconf("SC_OPEN_MAX"))
 
 
 os.register_at_fork(after_in_child=_forget)
