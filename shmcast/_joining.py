@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcast._codec import Allow
-from shmcast._points import nowhere
 from shmcast._layout import NEVER, VERSION
+from shmcast._points import nowhere
 from shmcast._wire import Address
 from shmcast.errors import LayoutError, ShmcastError
 from shmcast.policy import Policy, Route, read_environment

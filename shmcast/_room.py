@@ -5,6 +5,7 @@ A write past a cgroup's limit is not an error, it is a kill: so the headroom is 
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -44,11 +45,14 @@ def room(shm: str = SHM, proc: Path = Path("/proc/self"), meminfo: Path = Path("
         fs = os.statvfs(shm)
     except OSError as error:
         return Room(0, f"{shm}: {error.strerror}")
-    return min(Room(fs.f_bavail * fs.f_frsize, shm), _memory(meminfo), *cgroup_rooms(proc))
+    try:
+        return min(Room(fs.f_bavail * fs.f_frsize, shm), _memory(meminfo), *cgroup_rooms(proc))
+    except OSError as error:
+        return Room(0, f"a cgroup's limit, which cannot be read ({error.strerror}),")
 
 
 def cgroup_rooms(proc: Path = Path("/proc/self")) -> list[Room]:
-    """What each memory cgroup above us that has a limit leaves."""
+    """What each memory cgroup above us that has a limit leaves; `OSError` where one does not say."""
     lefts = ((folder, _left(files, folder)) for files, folder in _memory_cgroups(proc))
     return [Room(max(0, left), f"the memory limit of {folder}") for folder, left in lefts if left is not None]
 
@@ -67,7 +71,8 @@ def _memory_cgroups(proc: Path) -> Iterator[tuple[_Files, Path]]:
     try:
         memberships = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
         mounts = [line.split(" ") for line in (proc / "mountinfo").read_text().splitlines()]
-    except OSError:
+    except OSError as error:
+        _refuse_to_guess(error)
         return
     for _, controllers, path in memberships:
         files = V2 if not controllers else V1
@@ -100,8 +105,17 @@ def _left(files: _Files, folder: Path) -> int | None:
         usage = int((folder / files.usage).read_text())
         stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
         return limit - usage + int(stat.get(files.inactive, "0"))
-    except (OSError, ValueError):
+    except OSError as error:
+        _refuse_to_guess(error)
         return None
+    except ValueError:
+        return None
+
+
+def _refuse_to_guess(error: OSError) -> None:
+    """A file that is not there, or not for us, sets no limit that could be known; one that cannot be opened now may."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise error
 
 
 def default_capacity(writers: int = 1) -> int:

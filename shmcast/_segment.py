@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import stat
 from contextlib import suppress
 from dataclasses import replace
@@ -27,6 +28,7 @@ Isolation = Literal["cow", "guard", "shared"]
 
 MODE: Final = 0o600
 STEP: Final = 64 << 20
+ADVICE: Final = ": make that larger, or capacity smaller"
 MAX_PRIVATE: Final = 64
 
 _maps: WeakKeyDictionary[mmap.mmap, tuple[int, int]] = WeakKeyDictionary()  # mapping -> (device, inode)
@@ -219,15 +221,20 @@ def _map(fd: int, size: int, flags: int, offset: int = 0) -> mmap.mmap:
 
 def _reserve(name: str, fd: int, size: int) -> None:
     """Reserve every page, in steps: between two of them a cgroup's headroom may have shrunk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and size > limit:
+        # Past it comes no error but SIGXFSZ, where nobody has Python's way of ignoring that.
+        raise ArenaFull(f"{name}: {size} bytes are wanted, RLIMIT_FSIZE allows a file {limit}: raise it (ulimit -f)")
     for offset in range(0, size, STEP):
         step = min(STEP, size - offset)
         free, bound = room()
         if free < step:
-            raise ArenaFull(f"{name}: {step} of {size} bytes more are wanted, {bound} leaves {free}")
+            raise ArenaFull(f"{name}: {step} of {size} bytes more are wanted, {bound} leaves {free}{ADVICE}")
         try:
             os.posix_fallocate(fd, offset, step)
         except OSError as error:
-            raise ArenaFull(f"{name}: cannot reserve {size} bytes of shared memory: {error.strerror}") from error
+            why = f"cannot reserve {size} bytes of shared memory: {error.strerror}; {bound} had {free} free{ADVICE}"
+            raise ArenaFull(f"{name}: {why}") from error
 
 
 def _forget() -> None:

@@ -598,7 +598,7 @@ def test_the_error_says_that_nobody_holds_anything(stage: Stage) -> None:
 def test_the_error_says_why_the_system_gives_no_more(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = stage.arena(capacity=4 * STEP)
     monkeypatch.setattr(_segment, "room", lambda: Room(5, "a limit of the test"))
-    assert full(arena, STEP).endswith(f"{3 * STEP} of {3 * STEP} bytes more are wanted, a limit of the test leaves 5")
+    assert f"{3 * STEP} of {3 * STEP} bytes more are wanted, a limit of the test leaves 5" in full(arena, STEP)
     assert names(arena) == ["-0", "-c", "-p0", "-w0"]
 
 
