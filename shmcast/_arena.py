@@ -41,7 +41,7 @@ from shmcast._layout import (
 from shmcast._names import Names
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._points import Point, nowhere
-from shmcast._ring import Inbox, Peer, create_semaphore, fence
+from shmcast._ring import Inbox, Peer, fence
 from shmcast._room import default_capacity
 from shmcast._segment import STEP, Segment
 from shmcast._tickets import Held, Tickets
@@ -87,7 +87,7 @@ class Arena:
         self._withdrawn: SimpleQueue[Handle] = SimpleQueue()
         self._segments: list[Segment] = []
         self._retired: set[int] = set()
-        self._names = Names(self.address, self.drain, self._stop, reached)
+        self._names = Names(self.drain, self._stop, reached)
         self._slots = slots
         self.headers: HeaderWriter | None = None
         self._floors = [0] * readers
@@ -344,7 +344,7 @@ class Arena:
         with ExitStack() as undo:
             made = []
             for name in names:
-                made.append(create_semaphore(name, _segment.MODE))
+                made.append(self._names.semaphore(name))
                 undo.callback(made[-1].close)
             undo.pop_all()
         base = ring_offset(reader, RING_ENTRIES)

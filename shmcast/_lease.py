@@ -22,7 +22,7 @@ import posix_ipc
 import torch
 from torch import Tensor
 
-from shmcast import _segment
+from shmcast import _segment, _threads
 from shmcast._headers import HeaderReader
 from shmcast._layout import (
     BLOCK,
@@ -49,10 +49,11 @@ from shmcast._layout import (
     slots_offset,
     write_word,
 )
+from shmcast._named import open_semaphore
 from shmcast._pages import MADV_POPULATE_READ, PrivatePages, populate
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._points import Point, nowhere
-from shmcast._ring import Outbox, acquire_all, fence, open_semaphore, wait
+from shmcast._ring import Outbox, acquire_all, fence, wait
 from shmcast.errors import ClosedError, LayoutError, ShmcastError, StaleHandle
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Leases:
             self._map_new(first=True)
             thread = threading.Thread(target=self._serve, name=f"shmcast-reader-{index}", daemon=True)
             _live.add(self)
-            thread.start()
+            _threads.start(thread)
             self._undo = undo.pop_all()
 
     # Opening.
@@ -404,7 +405,8 @@ class Leases:
         while True:
             wait(self._wake)
             acquire_all(self._wake)
-            self._map_new()
+            with suppress(OSError):  # the next to wake this thread, or to open a message there, has it look again
+                self._map_new()
             with self._lock:
                 self._settle()
                 sent = self._send()
@@ -444,9 +446,12 @@ class Leases:
 
     def _join_headers(self) -> HeaderReader:
         header = self._ring.header
-        ready = open_semaphore(self._address.ready(self.index))
-        # A descriptor of its own: another thread may be in `receive` while this reader is dismantled.
-        fd = os.dup(self._ring.fd)
+        with ExitStack() as undo:
+            ready = open_semaphore(self._address.ready(self.index))
+            undo.callback(ready.close)
+            # A descriptor of its own: another thread may be in `receive` while this reader is dismantled.
+            fd = os.dup(self._ring.fd)
+            undo.pop_all()
         return HeaderReader(fd, slots_offset(header.readers, header.entries), header.slots, ready)
 
     def _map_new(self, *, first: bool = False) -> None:

@@ -9,17 +9,17 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import posix_ipc
-
 from shmcast._layout import Kind
+from shmcast._named import Semaphores
 from shmcast._points import Point
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import posix_ipc
+
     from shmcast._points import Reached
     from shmcast._segment import Segment
-    from shmcast._wire import Address
 
 IDLE_POLLS = 600
 LONGEST_PAUSE = 0.1
@@ -31,17 +31,21 @@ class Names:
     `drain` hears the readers, and calls `unlink_mapped`. `stop` is set when the writer is closed.
     """
 
-    def __init__(self, address: Address, drain: Callable[[], None], stop: threading.Event, reached: Reached) -> None:
-        self._address = address
+    def __init__(self, drain: Callable[[], None], stop: threading.Event, reached: Reached) -> None:
         self._drain = drain
         self._stop = stop
         self._reached = reached
         self._segments: list[Segment] = []
+        self._semaphores = Semaphores()
         self._idle: threading.Thread | None = None
         self._polls = 0
 
     def __len__(self) -> int:
         return len(self._segments)
+
+    def semaphore(self, name: str) -> posix_ipc.Semaphore:
+        """A new one; `OSError` where the system refuses it, or somebody has taken its name."""
+        return self._semaphores.make(name)
 
     def add(self, segment: Segment) -> None:
         """It has a name now."""
@@ -54,16 +58,19 @@ class Names:
                 self._unlink(segment)
 
     def unlink_all(self) -> None:
-        """Remove what is left."""
-        while self._segments:
-            self._unlink(self._segments[0])
+        """Remove what is left, once."""
+        for segment in list(self._segments):
+            self._unlink(segment)
+        self._segments.clear()
 
     def watch(self) -> None:
         """Have a thread hear the readers while the writer idles: until no name is left, and not for ever."""
         self._polls = 0
         if self._idle is None or not self._idle.is_alive():
             self._idle = threading.Thread(target=self._serve, name="shmcast-unlink", daemon=True)
-            self._idle.start()
+            # Where there is no thread to be had, each publish looks after them, and `close`.
+            with suppress(RuntimeError):
+                self._idle.start()
 
     def _serve(self) -> None:
         pause = 1e-3
@@ -75,12 +82,9 @@ class Names:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _unlink(self, segment: Segment) -> None:
-        if segment.header.kind == Kind.CONTROL:
-            # Before the control segment's name goes: who finds that name finds every semaphore that may exist.
-            for i in range(self._address.readers):
-                for name in (self._address.posted(i), self._address.wake(i), self._address.ready(i)):
-                    with suppress(posix_ipc.ExistentialError):
-                        posix_ipc.unlink_semaphore(name)
+        # Semaphores before the control segment: who finds that name finds every semaphore that may exist.
+        if segment.header.kind == Kind.CONTROL and not self._semaphores.unlink():
+            return
         self._reached(Point.CLOSING if self._stop.is_set() else Point.UNLINKING)
-        segment.unlink()
-        self._segments.remove(segment)
+        if segment.unlink():
+            self._segments.remove(segment)

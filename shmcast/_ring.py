@@ -14,7 +14,7 @@ import posix_ipc
 
 from shmcast._layout import RING_HEAD, Entry, EntryKind, parse_entry, write_entry
 from shmcast._points import Point, nowhere
-from shmcast.errors import LayoutError, PeerDied
+from shmcast.errors import LayoutError
 
 if TYPE_CHECKING:
     import mmap
@@ -122,16 +122,6 @@ class Peer:
         return not (self.left or self.dead)
 
 
-def create_semaphore(name: str, mode: int) -> posix_ipc.Semaphore:
-    """A new semaphore at 0; `OSError` where the system refuses it, or somebody has taken its name."""
-    try:
-        return posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=mode)
-    except posix_ipc.ExistentialError as error:
-        raise FileExistsError(f"{name}: {error}") from None
-    except posix_ipc.PermissionsError as error:
-        raise PermissionError(f"{name}: {error}") from None
-
-
 def acquire_all(semaphore: posix_ipc.Semaphore) -> int:
     """Acquire as often as is possible without waiting; how often that was."""
     acquired = 0
@@ -161,13 +151,3 @@ def wait(semaphore: posix_ipc.Semaphore) -> None:
         except posix_ipc.SignalError:
             continue
         return
-
-
-def open_semaphore(name: str) -> posix_ipc.Semaphore:
-    """A semaphore that the writer has made; `PeerDied` where there is none."""
-    try:
-        return posix_ipc.Semaphore(name)
-    except posix_ipc.Error as error:
-        raise PeerDied(
-            f"no semaphore {name}: its writer is gone, or has no room for another reader ({error})"
-        ) from None

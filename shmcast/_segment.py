@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import posix_ipc
 
 from shmcast._layout import PAGE, Kind, SegmentHeader, parse_segment, ring_offset, ring_size
+from shmcast._named import MODE, open_memory
 from shmcast._pages import MADV_POPULATE_WRITE, address_of, populate, protect, unlock
 from shmcast._room import SHM, room
 from shmcast.errors import ArenaFull, LayoutError, PeerDied
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 Isolation = Literal["cow", "guard", "shared"]
 
-MODE: Final = 0o600
 STEP: Final = 64 << 20
 ADVICE: Final = ": make that larger, or capacity smaller"
 MAX_PRIVATE: Final = 64
@@ -63,12 +63,15 @@ class Segment:
         self._private.add(mapping)
         return mapping
 
-    def unlink(self) -> None:
-        """Remove the name if it still leads to this segment."""
+    def unlink(self) -> bool:
+        """Remove the name if it still leads to this segment; whether that is done, and need not be tried again."""
         # By path: opening it would take a descriptor, of which there may be none left.
-        with suppress(OSError, posix_ipc.Error):
+        try:
             if os.path.samestat(os.lstat(SHM + self.name), os.fstat(self.fd)):
                 posix_ipc.unlink_shared_memory(self.name)
+        except (OSError, posix_ipc.Error) as error:
+            return isinstance(error, (FileNotFoundError, posix_ipc.ExistentialError))
+        return True
 
     def drop(self) -> None:
         """Give up descriptor and mapping; the mapping goes when the last thing that lies in it goes."""
@@ -84,7 +87,10 @@ def create(name: str, header: SegmentHeader) -> Segment:
     Raises `ArenaFull` when there is no room, `OSError` when the system refuses; nothing is left behind then, nor by a
     SIGKILL in the middle: it has no name before it is complete and locked.
     """
-    draft = os.open(SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE)
+    try:
+        draft = os.open(SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE)
+    except FileNotFoundError:
+        raise ArenaFull(f"{name}: there is no {SHM}; {header.size} bytes are wanted: mount a tmpfs there") from None
     try:
         os.fchmod(draft, MODE)
         fcntl.flock(draft, fcntl.LOCK_SH)
@@ -96,7 +102,8 @@ def create(name: str, header: SegmentHeader) -> Segment:
         try:
             return _open_new(name, header)
         except BaseException:
-            posix_ipc.unlink_shared_memory(name)
+            with suppress(OSError, posix_ipc.Error):
+                posix_ipc.unlink_shared_memory(name)
             raise
     finally:
         os.close(draft)
@@ -104,7 +111,7 @@ def create(name: str, header: SegmentHeader) -> Segment:
 
 def _open_new(name: str, header: SegmentHeader) -> Segment:
     """Map what was linked: opened by its name, since /proc shows what it was opened as."""
-    fd = _open(name)
+    fd = open_memory(name)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
         mapping = _map(fd, header.size, mmap.MAP_SHARED)
@@ -147,7 +154,7 @@ def attach_ring(name: str, expected: SegmentHeader, reader: int) -> Segment:
 def open_checked(name: str, expected: SegmentHeader) -> tuple[int, SegmentHeader]:
     """A descriptor of the segment called `name`, locked shared, and its header, known to be what we expect."""
     try:
-        fd = _open(name)
+        fd = open_memory(name)
     except FileNotFoundError:
         raise PeerDied(
             f"no segment {name}: rank {expected.rank}, its writer, is gone, or is in another mount or IPC namespace"
@@ -192,21 +199,9 @@ def _link(fd: int, name: str) -> None:
     try:
         os.link(f"/proc/self/fd/{fd}", SHM + name, src_dir_fd=folder, follow_symlinks=True)
     except FileExistsError:
-        raise FileExistsError(f"{name} exists: somebody has taken this name") from None
+        raise FileExistsError(errno.EEXIST, "somebody has taken this name", SHM + name) from None
     finally:
         os.close(folder)
-
-
-def _open(name: str) -> int:
-    """`shm_open` through posix_ipc, with size 0: any other size would truncate a segment that exists."""
-    try:
-        return int(posix_ipc.SharedMemory(name, size=0).fd)
-    except posix_ipc.ExistentialError as error:
-        raise FileNotFoundError(f"{name}: {error}") from None
-    except posix_ipc.PermissionsError as error:
-        raise PermissionError(f"{name}: {error}") from None
-    except ValueError as error:  # EINVAL and ENAMETOOLONG: something else has this name
-        raise OSError(errno.EINVAL, f"{name}: {error}") from None
 
 
 def _map(fd: int, size: int, flags: int, offset: int = 0) -> mmap.mmap:
