@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from shmcast import _threads
 from shmcast._entry import UNKNOWN, Entry
 from shmcast._follower import Follower
 from shmcast._planes import RingControl
@@ -212,7 +213,7 @@ class Worker:
         self._counting = threading.Lock()
         self._last = 0
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
+        _threads.start(self._thread)
 
     @property
     def thread(self) -> int | None:
@@ -269,7 +270,7 @@ class Steward:
         self._ending = False
         self._last = 0
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
+        _threads.start(self._thread)
 
     @property
     def thread(self) -> int | None:

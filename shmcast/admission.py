@@ -18,6 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
 
+from shmcast import _threads
 from shmcast._codec import encode
 from shmcast._sent import describe, walk
 from shmcast._wire import Handle
@@ -71,6 +72,9 @@ class Admission:
         workers: threads that run `fn` and publish.
         max_held_bytes: the most bytes of raw's tensors that may be held; a request beyond it goes on raw.
         readers: the indices of those who open; default all of the writer's.
+
+    Raises:
+        OSError: there is no thread to be had.
     """
 
     def __init__(
@@ -104,7 +108,7 @@ class Admission:
         try:
             for number in range(workers):
                 thread = threading.Thread(target=self._work, name=f"shmcast-admission-{number}", daemon=True)
-                thread.start()
+                _threads.start(thread)
                 self._threads.append(thread)
         except BaseException:
             self.close()

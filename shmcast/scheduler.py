@@ -84,6 +84,7 @@ class SchedulerBackend:
     Raises:
         ValueError, TypeError: this rank's arguments or environment are wrong.
         ShmcastError: those of another rank are, which the message names; or the group's collectives fail.
+        OSError: there is no thread to be had on this rank; the others then run `fn` themselves.
     """
 
     def __init__(
@@ -137,7 +138,11 @@ class SchedulerBackend:
             max_pending_bytes = writers * (settings.capacity or default_capacity(writers)) // 2
         self._requests = Requests(max_pending, max_pending_bytes, self._counters.evicted)
         self._work = Work(fn, self._requests, self._counters)
-        self._crew.start(self._work)
+        try:
+            self._crew.start(self._work)
+        except BaseException:
+            self._leave(0.0)
+            raise
         _backends.add(self)
 
     # What a scheduler calls.

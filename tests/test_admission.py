@@ -413,7 +413,7 @@ def test_where_no_thread_can_be_had_none_stays(writer: Writer, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail_second)
-        assert error_of(lambda: Admission(writer, double)) is RuntimeError
+        assert error_of(lambda: Admission(writer, double)) is BlockingIOError
     assert [t for t in threading.enumerate() if t.name.startswith("shmcast-admission")] == []
 
 
