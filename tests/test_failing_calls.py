@@ -1,0 +1,285 @@
+"""The first, second, third ... call into the system fails: each time the right bytes or a documented error, then all is
+well again, and nothing is left."""
+
+import errno
+import gc
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import cache
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shmcast import Broadcaster, Policy, _arena
+from shmcast._reclaim import sweep
+from shmcast.errors import ArenaFull, LayoutError, PeerDied, StaleHandle
+from shmcast.transport import Reader, Writer
+from tests.support.failing import MAIN, READER, UNLINK, Failing
+from tests.support.forks import ForkFailed, fork
+from tests.support.leaks import Snapshot, wait_until_clean
+from tests.support.ranks import Ranks
+from tests.test_broadcaster import double, until
+from tests.test_broadcaster import payload as payload_of
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.faults]
+
+
+MIB = 1 << 20
+SIZE = 100_000
+T = TypeVar("T")
+MAX_CALLS = 300
+SHOWN = 5
+DOCUMENTED = (ArenaFull, PeerDied, StaleHandle, LayoutError)
+CODES = (errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.EINTR)
+
+
+@cache
+def payload(seed: int, size: int = SIZE) -> torch.Tensor:
+    return payload_of(seed, size)
+
+
+def tried(use: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
+    """What `use` gives; None where it raises what is documented."""
+    try:
+        return use(*args, **kwargs)
+    except DOCUMENTED:
+        pass
+    except OSError as error:
+        if not error.errno:
+            raise AssertionError("an OSError without a number") from error
+    return None
+
+
+def straight(use: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """What `use` gives where nothing fails any more; a segment may still be on its way to a reader."""
+    got: list[T] = []
+
+    def works() -> bool:
+        with suppress(ArenaFull):
+            got.append(use(*args, **kwargs))
+        return bool(got)
+
+    until(works)
+    return got[0]
+
+
+def opens(reader: Reader, handle: Any, seed: int, size: int = SIZE) -> torch.Tensor:
+    got = reader.open(handle)
+    assert isinstance(got, torch.Tensor)
+    assert torch.equal(got, payload(seed, size))
+    return got
+
+
+def writer_of(mode: Any = tried) -> Writer | None:
+    made: Writer | None = mode(Writer, 2, capacity=64 * MIB, policy=Policy(wait=0.1), slots=4)
+    return made
+
+
+def readers_of(writer: Writer, mode: Any = tried) -> list[Reader]:
+    made = [mode(Reader, writer.address, index) for index in range(2)]
+    return [reader for reader in made if reader is not None]
+
+
+def open_twice(writer: Writer, readers: list[Reader]) -> None:
+    """The second time in a mapping of its own; and written to, so that there are pages to drop."""
+    handle = tried(writer.publish, payload(1), opens=2)
+    for reader in readers if handle is not None else ():
+        kept = [tried(opens, reader, handle, 1) for _ in range(2)]
+        for tensor in kept:
+            if tensor is not None:
+                tensor += 1
+
+
+def grow(writer: Writer, readers: list[Reader], mode: Any = tried) -> None:
+    """A message that takes a segment more."""
+    handle = mode(writer.publish, payload(2, 3 * MIB))
+    for reader in readers if handle is not None else ():
+        mode(opens, reader, handle, 2, 3 * MIB)
+
+
+def fill(writer: Writer, readers: list[Reader]) -> None:
+    """Memory of `empty`."""
+    memory = tried(writer.empty, (SIZE,), torch.uint8)
+    if memory is not None:
+        memory.copy_(payload(3))
+        handle = tried(writer.publish, memory)
+        for reader in readers if handle is not None else ():
+            tried(opens, reader, handle, 3)
+
+
+def take_back(writer: Writer, readers: list[Reader]) -> None:
+    handle = tried(writer.publish, payload(4))
+    if handle is not None:
+        tried(writer.withdraw, handle)
+        for reader in readers:
+            tried(reader.open, handle)
+
+
+def announce(writer: Writer, readers: list[Reader]) -> None:
+    tried(writer.announce, bytes(256))
+    for reader in readers:
+        tried(reader.next_header, 0.2)
+
+
+def look(writer: Writer, readers: list[Reader]) -> None:
+    tried(writer.stats)
+    for reader in readers:
+        tried(reader.stats)
+
+
+def well(writer: Writer, readers: list[Reader]) -> None:
+    """Nothing fails any more: everything works."""
+    handle = straight(writer.publish, payload(5))
+    for reader in readers:
+        opens(reader, handle, 5)
+    grow(writer, readers, straight)
+    writer.announce(bytes(256))
+
+
+def use_ends(failing: Failing) -> str:
+    """A writer and two readers from the first call to the last, with one that fails; which it was."""
+    before = Snapshot.take()
+    with ExitStack() as stack:
+        with failing:
+            writer = writer_of()
+            readers = [] if writer is None else readers_of(writer)
+            if writer is not None:
+                for step in (open_twice, grow, fill, take_back, announce, look):
+                    step(writer, readers)
+        if writer is None:
+            writer = writer_of(straight)
+            assert writer is not None
+            readers = readers_of(writer, straight)
+        stack.enter_context(writer)
+        readers = [stack.enter_context(reader) for reader in readers]
+        well(writer, readers)
+    del stack, writer, readers
+    left = wait_until_clean(before)
+    assert not left, left
+    return failing.failed
+
+
+def close_ends(failing: Failing) -> str:
+    """Ends that are closed while calls fail, with names left, for a reader never came."""
+    before = Snapshot.take()
+    writer = Writer(2, capacity=MIB, slots=4)
+    reader = Reader(writer.address, 0)
+    kept = opens(reader, writer.publish(payload(1)), 1)
+    with failing:
+        writer.close()
+        reader.close()
+        del kept
+        until(lambda: not any(thread.name.startswith(READER) for thread in threading.enumerate()))
+    del writer, reader
+    if "unlink" in failing.failed or "stat" in failing.failed:
+        # A name that could not be removed is the next writer's to sweep, when nobody here has it mapped any more.
+        gc.collect()
+        sweep()
+    left = wait_until_clean(before)
+    assert not left, left
+    return failing.failed
+
+
+SCENARIOS = {"use": use_ends, "close": close_ends}
+
+
+def fail_each(scenario: str, code: int, thread: str, lasts: bool) -> tuple[int, list[str]]:
+    """Run it with the first call failing, the second, and so on; how many runs, and what went wrong in any."""
+    # A thread pool of the parent's does not work in a child.
+    torch.set_num_threads(1)
+    for seed in range(1, 6):
+        payload(seed)
+    payload(2, 3 * MIB)
+    pytest.MonkeyPatch().setattr(_arena, "STEP", MIB)
+    gc.freeze()
+    wrong: list[str] = []
+    for number in range(1, MAX_CALLS):
+        failing = Failing(number, code, thread, lasts=lasts)
+        told: list[str] = []
+
+        def run(failing: Failing = failing) -> Any:
+            try:
+                return SCENARIOS[scenario](failing)
+            except BaseException as error:
+                raise AssertionError(f"{failing.failed}: {error!r}") from error
+
+        try:
+            failed = fork(run)
+        except ForkFailed as error:
+            wrong.append(f"call {number}: {error}" if not wrong else str(error).strip().splitlines()[-1])
+            continue
+        if not failed:
+            return number - 1, wrong
+        told.append(failed)
+    return MAX_CALLS, [*wrong, "it never ends"]
+
+
+ONCE = [("use", code, False) for code in CODES] + [("close", code, False) for code in (errno.EACCES, errno.ENOMEM)]
+LASTING = [("use", code, True) for code in (errno.ENOSPC, errno.EMFILE)]
+
+
+def name_of(case: object) -> str | None:
+    return errno.errorcode[case] if type(case) is int else None
+
+
+@pytest.mark.parametrize(("scenario", "code", "lasts"), ONCE + LASTING, ids=name_of)
+def test_any_call_may_fail(ranks: Ranks, scenario: str, code: int, lasts: bool) -> None:
+    for thread in (MAIN, READER, UNLINK):
+        [(runs, wrong)] = ranks.start_each(fail_each, [(scenario, code, thread, lasts)], check=False).results(100)
+        print(f"{scenario}, {errno.errorcode[code]} on {thread}: {runs} calls failed")
+        assert not wrong, f"{len(wrong)} of {runs}:\n" + "\n".join(wrong[:SHOWN])
+        assert runs or thread != MAIN
+
+
+# A group: whichever call of one rank fails, every rank has every object.
+
+
+def meet(rank: int, failing: Failing, victim: int) -> bool:
+    """Join, receive and leave, while a call of one rank fails; whether all came."""
+    with Broadcaster(policy=Policy(wait=0.1), capacity=64 * MIB, timeout=20) as group:
+        well = True
+        for seed, size in ((1, SIZE), (2, 3 * MIB), (3, SIZE)):
+            got = group.materialize({"a": payload(seed, size)}, double)
+            well = well and torch.equal(got["a"], payload(seed, size) * 2)
+        batch: list[Any] = group.materialize_batch([{"a": payload(seed)} for seed in (4, 5)], double)
+        well = well and all(torch.equal(got["a"], payload(s) * 2) for s, got in zip((4, 5), batch, strict=True))
+        if rank == victim:
+            failing.__exit__(None, None, None)
+        got = group.materialize({"a": payload(5)}, double)
+        return well and torch.equal(got["a"], payload(5) * 2)
+
+
+def meet_each(rank: int, code: int, thread: str, victim: int) -> list[str]:
+    """`meet` with the first call failing, the second, and so on: what failed."""
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_arena, "STEP", MIB)
+        for number in range(1, MAX_CALLS):
+            before = Snapshot.take(rank=True)
+            with Failing(number, code, thread if rank == victim else "nobody's") as failing:
+                try:
+                    well = meet(rank, failing, victim)
+                except Exception as error:
+                    raise AssertionError(f"rank {rank}; on rank {victim} {failing.failed}") from error
+            dist.barrier()
+            left = wait_until_clean(before, rank=True)
+            assert well, (number, failing.failed)
+            assert not left, (failing.failed, left)
+            over = torch.tensor([rank == victim and not failing.failed], dtype=torch.int32)
+            dist.all_reduce(over, op=dist.ReduceOp.MAX)
+            if over.item():
+                return told
+            told.append(failing.failed)
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.EACCES], ids=name_of)
+def test_a_group_has_its_objects_whichever_call_fails(ranks: Ranks, code: int, victim: int) -> None:
+    for thread in (MAIN, READER) if victim else (MAIN,):
+        told = ranks.run(2, meet_each, code, thread, victim, timeout=100)
+        print(f"group, {errno.errorcode[code]} on {thread} of rank {victim}: {len(told[0])} calls failed")
+        assert told[0]
