@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.faults]
 
 MIB = 1 << 20
 SIZE = 100_000
+LARGE, STEP = 768 << 10, 256 << 10  # a message that takes a segment more, and what segments are made of
 T = TypeVar("T")
 MAX_CALLS = 300
 SHOWN = 5
@@ -74,7 +75,7 @@ def opens(reader: Reader, handle: Any, seed: int, size: int = SIZE) -> torch.Ten
 
 
 def writer_of(mode: Any = tried) -> Writer | None:
-    made: Writer | None = mode(Writer, 2, capacity=64 * MIB, policy=Policy(wait=0.1), slots=4)
+    made: Writer | None = mode(Writer, 2, capacity=16 * MIB, policy=Policy(wait=0.1), slots=4)
     return made
 
 
@@ -95,9 +96,9 @@ def open_twice(writer: Writer, readers: list[Reader]) -> None:
 
 def grow(writer: Writer, readers: list[Reader], mode: Any = tried) -> None:
     """A message that takes a segment more."""
-    handle = mode(writer.publish, payload(2, 3 * MIB))
+    handle = mode(writer.publish, payload(2, LARGE))
     for reader in readers if handle is not None else ():
-        mode(opens, reader, handle, 2, 3 * MIB)
+        mode(opens, reader, handle, 2, LARGE)
 
 
 def fill(writer: Writer, readers: list[Reader]) -> None:
@@ -121,7 +122,7 @@ def take_back(writer: Writer, readers: list[Reader]) -> None:
 def announce(writer: Writer, readers: list[Reader]) -> None:
     tried(writer.announce, bytes(256))
     for reader in readers:
-        tried(reader.next_header, 0.2)
+        tried(reader.next_header, 0.05)
 
 
 def look(writer: Writer, readers: list[Reader]) -> None:
@@ -192,8 +193,8 @@ def fail_each(scenario: str, code: int, thread: str, lasts: bool) -> tuple[int, 
     torch.set_num_threads(1)
     for seed in range(1, 6):
         payload(seed)
-    payload(2, 3 * MIB)
-    pytest.MonkeyPatch().setattr(_arena, "STEP", MIB)
+    payload(2, LARGE)
+    pytest.MonkeyPatch().setattr(_arena, "STEP", STEP)
     gc.freeze()
     wrong: list[str] = []
     for number in range(1, MAX_CALLS):
@@ -239,9 +240,9 @@ def test_any_call_may_fail(ranks: Ranks, scenario: str, code: int, lasts: bool) 
 
 def meet(rank: int, failing: Failing, victim: int) -> bool:
     """Join, receive and leave, while a call of one rank fails; whether all came."""
-    with Broadcaster(policy=Policy(wait=0.1), capacity=64 * MIB, timeout=20) as group:
+    with Broadcaster(policy=Policy(wait=0.1), capacity=16 * MIB, timeout=20) as group:
         well = True
-        for seed, size in ((1, SIZE), (2, 3 * MIB), (3, SIZE)):
+        for seed, size in ((1, SIZE), (2, LARGE), (3, SIZE)):
             got = group.materialize({"a": payload(seed, size)}, double)
             well = well and torch.equal(got["a"], payload(seed, size) * 2)
         batch: list[Any] = group.materialize_batch([{"a": payload(seed)} for seed in (4, 5)], double)
@@ -256,7 +257,7 @@ def meet_each(rank: int, code: int, thread: str, victim: int) -> list[str]:
     """`meet` with the first call failing, the second, and so on: what failed."""
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_arena, "STEP", MIB)
+        patch.setattr(_arena, "STEP", STEP)
         for number in range(1, MAX_CALLS):
             before = Snapshot.take(rank=True)
             with Failing(number, code, thread if rank == victim else "nobody's") as failing:
