@@ -51,10 +51,14 @@ class Semaphores:
 
     def make(self, name: str) -> posix_ipc.Semaphore:
         """A new one."""
-        with _refusals(_semaphore_path(name), posix_ipc.O_CREX):
-            semaphore = posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=MODE)
+        # Noted first: Ctrl-C may come between the two, and a name that is not there is no trouble to `unlink`.
         self._names.append(name)
-        return semaphore
+        try:
+            with _refusals(_semaphore_path(name), posix_ipc.O_CREX):
+                return posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=MODE)
+        except FileExistsError:
+            self._names.remove(name)
+            raise
 
     def unlink(self) -> bool:
         """Remove every name; whether none is left."""

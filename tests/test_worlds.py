@@ -8,7 +8,8 @@ import secrets
 import signal
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shmcast import Broadcaster, Policy, Route, _named, _room, _segment
+from shmcast import Broadcaster, Policy, Route, _arena, _named, _room, _segment
 from shmcast._peers import WRITER_BYTE, is_taken
 from shmcast._wire import Address
 from shmcast.admission import Admission
@@ -86,6 +87,14 @@ def refusal(use: Callable[[], object]) -> str:
     raise AssertionError("nothing was refused")
 
 
+@contextmanager
+def small_steps() -> Iterator[None]:
+    """The arena begins with 1 MiB and grows by as much."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_arena, "STEP", MIB)
+        yield
+
+
 def use(writer: Writer, size: int = SIZE) -> bool:
     with Reader(writer.address, 0) as reader:
         return torch.equal(reader.open(writer.publish(payload(1, size))), payload(1, size))  # type: ignore[arg-type]
@@ -97,14 +106,14 @@ def use(writer: Writer, size: int = SIZE) -> bool:
 def fits(size: int) -> tuple[bool, str]:
     """A message that fits, and one that does not."""
     with Writer(1, policy=HURRY) as writer:
-        return use(writer, size), refusal(lambda: writer.publish(payload(1, 64 * MIB)))
+        return use(writer, size), refusal(lambda: writer.publish(payload(1, 20 * MIB)))
 
 
 @pytest.mark.parametrize(("world", "size"), [(TINY, SIZE), (SMALL, 8 * MIB)], ids=["1 MiB", "64 MiB"])
 def test_a_small_shm_takes_what_fits(ranks: Ranks, world: World, size: int) -> None:
     whole, text = there(ranks, world, fits, size)
     assert whole
-    assert text.startswith("ArenaFull None: no block of 67109")
+    assert text.startswith("ArenaFull None: no block of 2097")
     assert "bytes free" in text
     assert "the capacity of" in text
 
@@ -121,13 +130,13 @@ def test_a_capacity_beyond_a_small_shm_is_refused_with_the_figures(ranks: Ranks)
 
 
 def grows_too_large() -> tuple[str, bool]:
-    with Writer(1, capacity=256 * MIB, policy=HURRY) as writer:
-        text = refusal(lambda: writer.publish(payload(1, 100 * MIB)))
+    with small_steps(), Writer(1, capacity=64 * MIB, policy=HURRY) as writer:
+        text = refusal(lambda: writer.publish(payload(1, 10 * MIB)))
         return text, use(writer)
 
 
 def test_growth_beyond_shm_is_refused_and_the_writer_goes_on(ranks: Ranks) -> None:
-    text, whole = there(ranks, World("size=100m"), grows_too_large)
+    text, whole = there(ranks, World("size=8m"), grows_too_large)
     assert text.startswith("ArenaFull")
     assert f"{SHM} leaves " in text
     assert whole
@@ -214,10 +223,10 @@ def test_with_few_descriptors_an_end_is_refused_or_works(ranks: Ranks, end: str)
 
 
 def grow_without_descriptors() -> tuple[str, bool]:
-    with Writer(1, capacity=256 * MIB, policy=HURRY) as writer:
+    with small_steps(), Writer(1, capacity=64 * MIB, policy=HURRY) as writer:
         with few_descriptors(0):
-            text = refusal(lambda: writer.publish(payload(1, 80 * MIB)))
-        return text, use(writer, 80 * MIB)
+            text = refusal(lambda: writer.publish(payload(1, 2 * MIB)))
+        return text, use(writer, 2 * MIB)
 
 
 def test_growth_without_descriptors_is_refused_until_there_are_some(ranks: Ranks) -> None:
