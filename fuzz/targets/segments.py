@@ -7,7 +7,7 @@ import struct
 
 from fuzz._answers import ask, require
 from fuzz._target import Target, fields_of
-from shmcast import _segment
+from shmcast import _named, _segment
 from shmcast._layout import (
     PAGE,
     SEGMENT,
@@ -78,7 +78,7 @@ class _File:
         """The descriptor of a file that starts with `raw`."""
         if self.fd < 0:
             self.fd = os.memfd_create("segment")
-            os.fchmod(self.fd, _segment.MODE)
+            os.fchmod(self.fd, _named.MODE)
         size = control_size(READERS, ENTRIES)
         if as_claimed and len(raw) >= 48:
             (claimed,) = struct.unpack_from("<Q", raw, 40)
