@@ -19,13 +19,16 @@ from typing import Any
 from shmcast.errors import LayoutError
 
 MAX_KEY_DEPTH = 1000
-KEY_BUDGET = 1 << 20
+KEY_BUDGET = 1 << 18
+KEY_BUDGET_BYTE = 16  # for each byte of the code
 LONG_KEY = 4096
+FEW_STEPS = 16
 
 _PROTO = b"\x80\x05"
 _U2, _I4, _U4, _U8, _F8 = (struct.Struct(code) for code in ("<H", "<i", "<I", "<Q", ">d"))
 _SIMPLE = frozenset((str, int, float, bool, bytes, complex, type(None)))
 _CHEAP = frozenset((float, bool, type(None)))  # a hash of these is shared by a few dozen at most
+_LONG = frozenset((int, str, bytes))
 _HASH_MODULUS = sys.hash_info.modulus
 _HAVE_GC = 1 << 14  # Py_TPFLAGS_HAVE_GC: what `gc` can look into
 
@@ -36,7 +39,18 @@ class Machine:
     `entries`: what a persistent id gives, the marker first. `rebuild`: called with what the marker is applied to.
     """
 
-    __slots__ = ("_budget", "_code", "_entries", "_hashes", "_marks", "_memo", "_rebuild", "_sealed", "_stack")
+    __slots__ = (
+        "_budget",
+        "_code",
+        "_entries",
+        "_hashes",
+        "_marks",
+        "_memo",
+        "_rebuild",
+        "_sealed",
+        "_stack",
+        "_weights",
+    )
 
     def __init__(self, code: bytes, entries: Sequence[object], rebuild: Callable[[tuple[Any, ...]], object]) -> None:
         self._code = code
@@ -47,9 +61,11 @@ class Machine:
         self._memo: list[Any] = []
         # Lists that came from outside, perhaps the reader's own raw inputs: nothing may be appended to them.
         self._sealed = {id(entry) for entry in entries if type(entry) is list}
-        self._budget = KEY_BUDGET + 64 * len(code)
+        self._budget = KEY_BUDGET + KEY_BUDGET_BYTE * len(code)
         # For each container with other than cheap keys: itself, and how many of them have each hash.
         self._hashes: dict[int, tuple[object, dict[int, int]]] = {}
+        # Parts of keys that were weighed: each, kept alive, and its weight.
+        self._weights: dict[int, tuple[object, int]] = {}
 
     def run(self) -> object:
         """The one value that the code leaves; raises `LayoutError`, or what a damaged code leads to (see `decode`)."""
@@ -296,19 +312,30 @@ class Machine:
 
     def _weight(self, key: object) -> int:
         """How many parts a hash of `key` walks: a tuple of tuples shares parts, its hash walks each anew."""
-        left = self._budget
-        pending: list[Iterator[Any]] = [iter((key,))]
+        steps = 0
+        pending: list[tuple[Iterator[Any], object, int]] = [(iter((key,)), key, 0)]
         while pending:
-            for part in pending[-1]:
-                self._charge(1 + _extent(part))
-                if type(part) not in _SIMPLE and not isinstance(part, type):
-                    if len(pending) > MAX_KEY_DEPTH:
+            parts, whole, start = pending[-1]
+            for part in parts:
+                kind = type(part)
+                steps += 1
+                if kind in _SIMPLE:
+                    if kind in _LONG:
+                        steps += _extent(part)
+                elif id(part) in self._weights:
+                    steps += self._weights[id(part)][1]
+                elif not isinstance(part, type):
+                    if steps > self._budget or len(pending) > MAX_KEY_DEPTH:
                         raise LayoutError("a key nested too deeply")
-                    pending.append(_parts(part))
+                    pending.append((_parts(part), part, steps))
                     break
             else:
                 pending.pop()
-        return left - self._budget
+                # The hash walks it each time; weighing it need not.
+                if pending and steps - start > FEW_STEPS:
+                    self._weights[id(whole)] = whole, steps - start
+        self._charge(steps)
+        return steps
 
     def _charge(self, steps: int) -> None:
         self._budget -= steps
@@ -328,10 +355,7 @@ def _is_cheap(key: Any) -> bool:
 
 def _extent(part: Any) -> int:
     """The hash of a large int walks its digits; long text is walked where it meets text that is equal, not the same."""
-    kind = type(part)
-    if kind is int:
-        return int(part.bit_length() >> 6)
-    return len(part) >> 6 if kind is str or kind is bytes else 0
+    return int(part.bit_length() if type(part) is int else len(part)) >> 6
 
 
 def _parts(whole: Any) -> Iterator[Any]:
