@@ -19,7 +19,6 @@ from shmcast._cache import Cache
 from shmcast._headers import HeaderWriter
 from shmcast._layout import (
     MAX_SEGMENTS,
-    MAX_TICKETS,
     NEVER,
     PAGE,
     RING_ENTRIES,
@@ -46,7 +45,7 @@ from shmcast._room import default_capacity
 from shmcast._segment import STEP, Segment
 from shmcast._tickets import Held, Tickets
 from shmcast._turn import Reentered, Turn
-from shmcast._wire import Address, Handle
+from shmcast._wire import Address, Handle, foreign
 from shmcast.errors import ArenaFull, ClosedError, LayoutError
 
 if TYPE_CHECKING:
@@ -128,11 +127,7 @@ class Arena:
         block = self._try(length, readers, opens)
         if block is not None:
             return block
-        trouble = (
-            self._grow(length)
-            if self._tickets.room(readers, opens)
-            else f"a reader holds {MAX_TICKETS} leases, the most"
-        )
+        trouble = self._tickets.crowded(readers, opens) or self._grow(length)
         before = self.headers.taken() if self.headers else {}
         self._revoke_laggards(self._lagging)
         deadline = time.monotonic() + (0.0 if self._hopeless else wait)
@@ -202,7 +197,7 @@ class Arena:
     def withdraw(self, handle: Handle) -> None:
         """Take back the leases of `handle` that no reader has opened; nothing happens where none is left."""
         if (handle.token, handle.rank) != (self.address.token, self.address.rank):
-            raise LayoutError("a handle of another writer")
+            raise LayoutError(foreign(handle, self.address, "withdraw"))
         try:
             with self._lock.free():
                 self._withdraw(handle)
@@ -372,20 +367,21 @@ class Arena:
         """Add a segment that `length` bytes fit in, unless one is on its way; else why not."""
         with self._growing.free():
             with self._lock.free():
-                pending = any(
-                    segment.header.number not in self._retired
+                pending = [
+                    segment.header.number
+                    for segment in self._segments
+                    if segment.header.number not in self._retired
                     and not self._blocks.usable(segment.header.number)
                     and segment.header.size - PAGE >= length
-                    for segment in self._segments
-                )
+                ]
                 total = self._blocks.total
             if pending:
-                return "a new segment waits for a reader to map it"
+                return self._awaited(pending[0])
             need = PAGE + round_up(length, PAGE)
             # Room for two: while readers still hold one message of this size, the next one is under way.
             size = min(max(round_up(2 * need, STEP), round_up(total // 2, STEP)), self.capacity - total)
             if size < need or len(self._segments) == MAX_SEGMENTS:
-                return f"the capacity of {self.capacity} bytes is used up"
+                return f"the capacity of {self.capacity} bytes is used up: raise it, or have less held at a time"
             try:
                 self._add_segment(size)
             except (ArenaFull, OSError) as error:
@@ -394,7 +390,11 @@ class Arena:
                 with suppress(OSError):
                     peer.wake.release()
             self._names.watch()
-            return "a new segment waits for a reader to map it"
+            return self._awaited(len(self._segments) - 1)
+
+    def _awaited(self, number: int) -> str:
+        late = [i for i, peer in enumerate(self._peers) if peer.mapped and peer.listens and number not in peer.mapped]
+        return f"new segment {number} waits for readers {late} to map it: look whether they are stopped or starved"
 
     # What readers say. All of these run under the lock.
 
@@ -415,7 +415,7 @@ class Arena:
 
     def _check_open(self) -> None:
         if self._stop.is_set():
-            raise ClosedError("this writer was closed")
+            raise ClosedError(f"the writer of rank {self.address.rank} was closed: make a new one")
 
     def _drain(self) -> None:
         while not self._expired.empty():
@@ -467,6 +467,6 @@ class Arena:
         live, free, largest, total = self.usage()
         leases = ", ".join(f"reader {i} holds {h.leases}" for i, h in enumerate(held) if h.leases) or "no lease is held"
         return (
-            f"no block of {length} bytes within {wait:g} s: {live} blocks live, {free} of {total} bytes free, "
-            f"the largest hole has {largest}; {leases}; {trouble}"
+            f"no block of {length} bytes within {wait:g} s in the arena of rank {self.address.rank}: {live} blocks "
+            f"live, {free} of {total} bytes free, the largest hole has {largest}; {leases}; {trouble}"
         )

@@ -336,7 +336,9 @@ class Entry:
             return
         while self._control.any(False):
             if sent.route is HeaderRoute.INLINE and sent.reason is Reason.OPEN:
-                raise MaterializeError("a rank could not rebuild the object, not even from inline bytes")
+                raise MaterializeError(
+                    "a rank could not rebuild the object, not even from inline bytes: its log says why"
+                )
             sent = again()
             self._announce([], sent)
             note(self._counters, Reason.OPEN, "a rank could not open the message; it was sent again inline")
@@ -346,7 +348,7 @@ class Entry:
     def _failure(self, error: Exception) -> Exception:
         if not self._policy.agree:
             return error
-        failure = MaterializeError(f"fn raised on the entry rank: {describe(error)}")
+        failure = MaterializeError(f"fn raised on rank {self._control.src}, the entry rank: {describe(error)}")
         failure.__cause__ = error
         return failure
 

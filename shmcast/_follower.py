@@ -61,10 +61,10 @@ class Follower:
         try:
             sent = self._receive()
             if sent.route is HeaderRoute.NONE:
-                raise MaterializeError(f"the entry rank could not send its object: {sent.text}")
+                raise MaterializeError(f"{self._entry} could not send its object: {sent.text}")
             return self._agreed(sent, lambda s: self._take(s, None).obj)
         except NoHeader as late:
-            raise MaterializeError(f"the entry rank's object did not come: {late}") from late
+            raise MaterializeError(f"the object of {self._entry} did not come: {late}") from late
         except ControlBroken as broken:
             raise self._gone(broken) from broken
 
@@ -76,7 +76,7 @@ class Follower:
         try:
             sent = self._receive()
             if sent.route is HeaderRoute.NONE:
-                raise MaterializeError(f"fn raised on the entry rank: {sent.text}")
+                raise MaterializeError(f"fn raised on rank {self._control.src}, the entry rank: {sent.text}")
             if self._heals:
                 return cast("T", self._resolve(sent, raw, fn, lambda: leaves).obj)
             made = self._agreed(sent, lambda s: self._open(s, fn, leaves))
@@ -102,7 +102,7 @@ class Follower:
         try:
             sent = self._receive()
             if sent.route is HeaderRoute.NONE:
-                raise MaterializeError(f"the batch ended on the entry rank: {sent.text}")
+                raise MaterializeError(f"the batch ended on rank {self._control.src}, the entry rank: {sent.text}")
             if self._heals:
                 return self._resolve_batch(sent, mine or [], fn, deliver)
             leaves = None if mine is None else [walk(raw) for raw in mine]
@@ -114,6 +114,10 @@ class Follower:
 
     # Following.
 
+    @property
+    def _entry(self) -> str:
+        return f"the entry rank, rank {self._control.src},"
+
     def _receive(self) -> Sent:
         with self._counters.timed("header"):
             header = self._control.receive()
@@ -122,9 +126,8 @@ class Follower:
         if header.route in (HeaderRoute.INLINE, HeaderRoute.PICKLE):
             inline = self._control.receive_tensor(header.length)
         if header.reason not in CHOICES:
-            note(
-                self._counters, header.reason, f"the entry rank says: {header.text or 'no shared memory in this group'}"
-            )
+            said = header.text or "no shared memory in this group"
+            note(self._counters, header.reason, f"{self._entry} says: {said}")
         leaves = header.length if header.route is HeaderRoute.SHM else 0
         return Sent(header.route, header.reason, header.handle, inline, header.text, leaves=leaves)
 
@@ -189,10 +192,10 @@ class Follower:
         elif sent.route is HeaderRoute.PICKLE:
             each = sent if sent.objects else self._take_pickled(sent, 1)[0]
             if not each.objects:
-                raise MaterializeError(f"fn raised on the entry rank: {each.text}")
+                raise MaterializeError(f"fn raised on rank {self._control.src}, the entry rank: {each.text}")
             taken = _Taken(each.objects[0][0], each.size)
         else:
-            raise MaterializeError(f"the entry rank sent by {sent.route.name.lower()} what this rank cannot take")
+            raise MaterializeError(f"{self._entry} sent by {sent.route.name.lower()} what this rank cannot take")
         if count:
             self._counters.observe("map", perf_counter() - started)
             self._counters.message(sent.route.name.lower(), taken.size)
@@ -207,7 +210,7 @@ class Follower:
     def _take_pickled(self, sent: Sent, count: int | None) -> list[Sent]:
         """For each request of a batch by pickle what `_take` takes; loads it only where the policy says so."""
         if self._policy.route is not Route.PICKLE or sent.inline is None:
-            raise MaterializeError("the entry rank sent by pickle, which the policy of this rank does not allow")
+            raise MaterializeError(f"{self._entry} sent by pickle, which the policy of this rank does not allow")
         made = unpickled(sent.inline)
         if count not in (None, len(made)):
             raise LayoutError(f"a batch of {len(made)} requests came by pickle, not {count}")
@@ -234,7 +237,7 @@ class Follower:
         entries = self._take_pickled(sent, count) if pickled else self._take_index(sent, count)
         with self._giving_back(entries):
             return [
-                MaterializeError(f"fn raised on the entry rank: {entry.text}")
+                MaterializeError(f"fn raised on rank {self._control.src}, the entry rank: {entry.text}")
                 if entry.route is HeaderRoute.NONE
                 else self._open(entry, fn, mine)
                 for entry, mine in zip(entries, leaves or [None] * len(entries), strict=True)
@@ -261,7 +264,9 @@ class Follower:
                 return got  # type: ignore[return-value]
             cause = got if isinstance(got, Exception) else None
             if sent.route is HeaderRoute.INLINE and sent.reason is Reason.OPEN:
-                raise MaterializeError("a rank could not rebuild the object, not even from inline bytes") from cause
+                raise MaterializeError(
+                    "a rank could not rebuild the object, not even from inline bytes: its log says why"
+                ) from cause
             sent = self._receive()
             if sent.route is HeaderRoute.NONE:
                 raise MaterializeError(f"a rank could not open the message: {sent.text}") from cause
@@ -272,7 +277,7 @@ class Follower:
         """This call goes without its header; the next may have one."""
         note(self._counters, late.reason, late)
         if not self._heals:
-            raise MaterializeError(f"the entry rank's result did not come: {late}") from late
+            raise MaterializeError(f"the result of {self._entry} did not come: {late}") from late
         return run()
 
     def _by_itself(self, broken: ControlBroken, run: Callable[[], T]) -> T:

@@ -69,9 +69,11 @@ class Offer:
             fields = json.loads(raw.decode())
             offer = cls(**fields)
         except (ValueError, TypeError, RecursionError) as error:
-            raise LayoutError(f"another rank answers something else: {error}; is this the same library?") from error
+            raise LayoutError(
+                f"this is no offer of shmcast: {error}; run one version, and the same calls, on all"
+            ) from error
         if any(type(value) is not type(getattr(cls, name)) for name, value in asdict(offer).items()):
-            raise LayoutError(f"another rank answers something else: {fields}")
+            raise LayoutError(f"this is no offer of shmcast: {fields}; run one version, and the same calls, on all")
         if not 0 <= offer.plane <= NEVER:
             raise LayoutError(f"another rank names control plane {offer.plane:#x}, which fits in no header")
         return offer
@@ -170,7 +172,7 @@ def join(control: GroupControl, offer: Offer, attach: Callable[[list[Offer]], st
 
     Raises `ShmcastError` where another rank's arguments are wrong.
     """
-    offers = [Offer.parse(raw) for raw in control.exchange(bytes(offer))]
+    offers = [_parse(rank, raw) for rank, raw in enumerate(control.exchange(bytes(offer)))]
     for rank, other in enumerate(offers):
         if other.wrong:
             raise ShmcastError(f"rank {rank} was made with wrong arguments: {other.wrong}")
@@ -188,13 +190,21 @@ def join(control: GroupControl, offer: Offer, attach: Callable[[list[Offer]], st
     return Verdict(otherwise if why else Route.SHM, why, offers[0].src, offers[0].plane, holds_raw, agree)
 
 
+def _parse(rank: int, raw: bytes) -> Offer:
+    try:
+        return Offer.parse(raw)
+    except LayoutError as error:
+        raise LayoutError(f"rank {rank} of the group: {error}") from error
+
+
 def _difference(offers: list[Offer]) -> str:
     """What keeps this group off shared memory; the same text on every rank."""
     for rank, offer in enumerate(offers):
         if offer.disabled:
-            return f"SHMCAST_DISABLE is set on rank {rank}"
+            return f"SHMCAST_DISABLE is set on rank {rank}: unset it there to have shared memory"
         if offer.settings != offers[0].settings:
-            return f"rank {rank} was made with other settings than rank 0: {offer.shown}, not {offers[0].shown}"
+            differ = f"{offer.shown}, not {offers[0].shown}"
+            return f"rank {rank} was made with other settings than rank 0, pass the same on all: {differ}"
         if offer.trouble:
             return f"rank {rank} has no shared memory: {offer.trouble}"
     return ""

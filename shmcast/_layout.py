@@ -321,6 +321,9 @@ class Descriptor(NamedTuple):
     length: int
     generation: int
 
+    def __str__(self) -> str:
+        return f"{self.length} bytes at {self.offset} in segment {self.segment}, generation {self.generation}"
+
 
 class Piece(NamedTuple):
     """A run of bytes of a message: `block` 0 is the message's own, k the k-th that it lists."""
@@ -419,11 +422,13 @@ def check_block(head: Bytes, generation: int, length: int) -> None:
         raise LayoutError(f"{len(head)} bytes cannot hold a block header of {BLOCK.size}")
     magic, found, found_length, kind, _, size, _ = BLOCK.unpack_from(head)
     if magic != BLOCK_MAGIC:
-        raise Stale(f"no block starts here: its magic is {magic!r}")
+        raise Stale(f"no block starts here: its magic is {magic!r}; the leases ended, and the memory is in another use")
     if found != generation:
-        raise Stale(f"the block is at generation {found}, not {generation}")
+        raise Stale(
+            f"the block is at generation {found}, not {generation}; the leases ended, and the memory is in another use"
+        )
     if kind == BlockKind.WITHDRAWN:
-        raise Stale(f"generation {generation} of the block was withdrawn")
+        raise Stale(f"generation {generation} of the block was withdrawn by its writer")
     if found_length != length or size > length - BLOCK.size:
         raise LayoutError(f"a block of {length} bytes claims {found_length}, {size} of them skeleton")
 

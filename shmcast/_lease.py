@@ -54,7 +54,8 @@ from shmcast._pages import MADV_POPULATE_READ, PrivatePages, populate
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._points import Point, nowhere
 from shmcast._ring import Outbox, acquire_all, fence, wait
-from shmcast.errors import ClosedError, LayoutError, ShmcastError, StaleHandle
+from shmcast._wire import foreign
+from shmcast.errors import LayoutError, ShmcastError, StaleHandle, closed_error
 
 if TYPE_CHECKING:
     import mmap
@@ -129,6 +130,7 @@ class Leases:
         self._closing = self._left = False
         self.index = index
         self.inherited = False
+        self._pid = os.getpid()
         with ExitStack() as undo:
             self._ring = self._take_index()
             undo.callback(self._ring.drop)
@@ -166,7 +168,9 @@ class Leases:
             # The writer finds our OPENED, or we find its mark (withdraw) or our floor raised (revoke).
             fence()
             if lease.ticket < self._revoked():
-                raise StaleHandle(f"{handle.where}: reader {self.index} was too late, its writer has taken it back")
+                raise StaleHandle(
+                    f"{self}: too late for {handle.where}: its writer has taken it back; take headers sooner"
+                )
             message = parse_message(self._view(handle.where, lease), handle.where.generation)
             for listed in message.blocks:
                 parse_block(self._view(listed, lease), listed.generation, BlockKind.PAYLOAD)
@@ -176,14 +180,14 @@ class Leases:
         except BaseException as error:
             hold.end()
             if isinstance(error, Stale):
-                raise StaleHandle(f"{handle.where}: {error}") from None
+                raise self._stale(handle.where, error) from None
             raise
 
     def headers(self) -> HeaderReader:
         """This reader's end of the header ring; `LayoutError` where its writer has none."""
         self._check_inherited()
         if self._headers is None:
-            raise LayoutError("this writer posts no headers")
+            raise LayoutError(f"{self}: its writer posts no headers: make it with Writer(slots=...)")
         return self._headers
 
     def discard(self, handle: Handle) -> None:
@@ -253,14 +257,16 @@ class Leases:
             self._held.add(lease)
             hold = Hold(lease, self._end_decode)
             if not self._outbox.post(EntryKind.OPENED, lease.ticket):
-                raise ShmcastError(f"reader {self.index}: its writer has not looked at {RING_ENTRIES - 1} entries")
+                raise ShmcastError(
+                    f"{self}: its writer has not looked at {RING_ENTRIES - 1} entries: it is stopped, or idle"
+                )
             return hold
 
     def _look(self, handle: Handle) -> None:
         """A handle that is stale already must cost no entry in the ring (L7): look before the ticket is taken."""
         self._check_open()
         if handle.token != self._address.token or handle.rank != self._address.rank:
-            raise LayoutError("a handle of another writer")
+            raise LayoutError(foreign(handle, self._address, "open or discard"))
         self._head(handle.where)
 
     def _head(self, where: Descriptor) -> bytes:
@@ -269,8 +275,14 @@ class Leases:
         try:
             check_block(head, where.generation, where.length)
         except Stale as error:
-            raise StaleHandle(f"{where}: {error}") from None
+            raise self._stale(where, error) from None
         return head
+
+    def __str__(self) -> str:
+        return f"reader {self.index} of the writer of rank {self._address.rank}"
+
+    def _stale(self, where: Descriptor, error: Stale) -> StaleHandle:
+        return StaleHandle(f"{self}: {where}: {error}: have it published again")
 
     def _revoked(self) -> int:
         """The first ticket that was not taken back from this reader."""
@@ -283,22 +295,25 @@ class Leases:
     def _check_inherited(self) -> None:
         """A forked child takes no lock: a thread that is not here may have held it."""
         if self.inherited:
-            raise ClosedError(f"reader {self.index} belongs to the process that this one was forked from")
+            raise closed_error(str(self), self._pid)
 
     def _check_open(self) -> None:
         if self._closing:
-            raise ClosedError(f"reader {self.index} was closed")
+            raise closed_error(str(self), self._pid)
 
     def _next_ticket(self, handle: Handle) -> int:
         if not handle.readers >> self.index & 1:
-            raise StaleHandle(f"this message is not for reader {self.index}")
+            raise StaleHandle(
+                f"{self}: the message is not for reader {self.index}: publish it with readers=[{self.index}, ...]"
+            )
         place = handle.where.segment, handle.where.offset
         # Tickets at one place only grow: a place is used again when every lease on its last use has ended.
         base, opened = self._opened.get(place, (0, 0))
         if handle.ticket > base:
             base, opened = handle.ticket, 0
         if handle.ticket < max(base, self._floor) or opened >= handle.opens:
-            raise StaleHandle(f"reader {self.index} has used up its {handle.opens} leases on {handle.where}")
+            used = f"{self} has used up its {handle.opens} leases on {handle.where}"
+            raise StaleHandle(f"{used}, opened or discarded: publish it with more opens")
         self._opened[place] = base, opened + 1
         return handle.ticket_of(self.index, opened)
 
@@ -331,7 +346,7 @@ class Leases:
             self._map_new()
         segment = self._segments[where.segment] if where.segment < len(self._segments) else None
         if segment is None or where.offset + round_up(where.length, PAGE) > segment.header.size:
-            raise LayoutError(f"{where} lies in no segment that is mapped here")
+            raise LayoutError(f"{self}: {where}: no such segment is mapped here; the warnings of this logger say why")
         return segment
 
     def _tensor(self, place: _Place, offset: int, length: int, lease: Lease) -> Tensor:
@@ -378,7 +393,8 @@ class Leases:
         clean = [self._drop(where) for where in lease.shared]
         if not all(clean):
             # A page that cannot be dropped would show the next message stale bytes: this place is never given back.
-            log.warning("reader %d: pages of %s cannot be dropped, its memory stays taken", self.index, lease.shared)
+            pages = ", ".join(map(str, lease.shared))
+            log.warning("%s: %s cannot be dropped, and stay taken: lock no received tensors", self, pages)
             return
         self._reached(Point.RELEASING)
         for where in lease.shared:
@@ -425,18 +441,18 @@ class Leases:
         """Map this reader's own ring, and nobody else's."""
         expected = SegmentHeader(Kind.CONTROL, self._address.token, self._address.rank, 0, 0, self._address.readers)
         if not 0 <= self.index < self._address.readers:
-            raise ValueError(f"reader {self.index} of {self._address.readers}")
+            raise ValueError(f"index={self.index}: the writer serves readers 0 to {self._address.readers - 1}")
         return _segment.attach_ring(self._address.control, expected, self.index)
 
     def _take_seat(self) -> Seat:
-        taken = StaleHandle(f"reader {self.index} of this writer is taken, or was: an index is used once")
+        once = "an index is used once, so take another, or a new writer"
         try:
             seat = Seat(self._ring.fd, self.index)
         except BlockingIOError:
-            raise taken from None
+            raise StaleHandle(f"{self} is alive in another process, or in this one: {once}") from None
         try:
             if RING_HEAD.unpack_from(self._ring.map)[0]:
-                raise taken
+                raise StaleHandle(f"{self} was there before, and has been closed or has died: {once}")
             self._reached(Point.SEATED)
             write_word(self._ring.map, 0, 1)
         except BaseException:
@@ -477,7 +493,7 @@ class Leases:
         except (ShmcastError, OSError) as error:
             if first:
                 raise
-            log.warning("reader %d cannot map segment %d, the writer will not use it: %s", self.index, number, error)
+            log.warning("%s cannot map segment %d, which is used no more: %s", self, number, error)
             return None
 
     def _dismantle(self) -> None:

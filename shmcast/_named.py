@@ -40,7 +40,7 @@ def open_semaphore(name: str) -> posix_ipc.Semaphore:
                 raise LayoutError(f"{path} is an empty file, and no semaphore")
             return posix_ipc.Semaphore(name)
     except FileNotFoundError:
-        raise PeerDied(f"no semaphore {name}: its writer is gone") from None
+        raise PeerDied(f"no semaphore {name}: its writer was closed or died: make a new one") from None
 
 
 class Semaphores:
@@ -100,4 +100,13 @@ def _refusals(path: str, flags: int = 0) -> Iterator[None]:
         code = error.errno or (errno.ENFILE if "system" in str(error) else errno.EMFILE)
     else:
         return
-    raise OSError(code, os.strerror(code), path)
+    raise refused(code, path)
+
+
+def refused(code: int, path: str) -> OSError:
+    """The error `code` about `path`, with what to do about it."""
+    advice = {
+        errno.EEXIST: "; somebody took it: make a new writer, which has other names",
+        errno.EACCES: f"; this process has uid {os.geteuid()}: run all ranks as one user, who may use {SHM}",
+    }
+    return OSError(code, os.strerror(code) + advice.get(code, ""), path)

@@ -27,6 +27,17 @@ class Room(NamedTuple):
     bound: str
 
 
+def remedy(bound: str) -> str:
+    """What a person can do where `bound`, that of a `Room`, leaves too little."""
+    if bound.startswith(SHM):
+        return (
+            f"make {SHM} larger (docker run --shm-size, or mount -o remount,size=... {SHM}), or pass a lower capacity"
+        )
+    if bound == "MemAvailable":
+        return "free memory on this machine, or pass a lower capacity"
+    return "raise that limit, or pass a lower capacity"
+
+
 class _Files(NamedTuple):
     """What one generation of cgroups calls its files."""
 

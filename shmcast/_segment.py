@@ -17,9 +17,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import posix_ipc
 
 from shmcast._layout import PAGE, Kind, SegmentHeader, parse_segment, ring_offset, ring_size
-from shmcast._named import MODE, open_memory
+from shmcast._named import MODE, open_memory, refused
 from shmcast._pages import MADV_POPULATE_WRITE, address_of, populate, protect, unlock
-from shmcast._room import SHM, room
+from shmcast._room import SHM, remedy, room
 from shmcast.errors import ArenaFull, LayoutError, PeerDied
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Isolation = Literal["cow", "guard", "shared"]
 
 STEP: Final = 64 << 20
-ADVICE: Final = ": make that larger, or capacity smaller"
 MAX_PRIVATE: Final = 64
 
 _maps: WeakKeyDictionary[mmap.mmap, tuple[int, int]] = WeakKeyDictionary()  # mapping -> (device, inode)
@@ -157,7 +156,8 @@ def open_checked(name: str, expected: SegmentHeader) -> tuple[int, SegmentHeader
         fd = open_memory(name)
     except FileNotFoundError:
         raise PeerDied(
-            f"no segment {name}: rank {expected.rank}, its writer, is gone, or is in another mount or IPC namespace"
+            f"no segment {name}: rank {expected.rank}, its writer, is gone, or is in another mount or IPC namespace: "
+            f"if it runs, give both one {SHM} (docker run --ipc), else make a new writer"
         ) from None
     try:
         # Never waits: whoever locks it exclusively is removing what a dead writer left.
@@ -165,7 +165,7 @@ def open_checked(name: str, expected: SegmentHeader) -> tuple[int, SegmentHeader
         return fd, _check(name, fd, expected)
     except BlockingIOError:
         os.close(fd)
-        raise PeerDied(f"{name} is being removed: rank {expected.rank}, its writer, is dead") from None
+        raise PeerDied(f"{name} is being removed: rank {expected.rank}, its writer, is dead: make a new one") from None
     except BaseException:
         os.close(fd)
         raise
@@ -174,16 +174,23 @@ def open_checked(name: str, expected: SegmentHeader) -> tuple[int, SegmentHeader
 def _check(name: str, fd: int, expected: SegmentHeader) -> SegmentHeader:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
-        raise LayoutError(f"{name} is not a regular file")
+        raise LayoutError(f"{name} is not a regular file: uid {status.st_uid} put it there, remove it")
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != MODE:
-        raise LayoutError(f"{name} belongs to uid {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}: not ours")
+        raise LayoutError(
+            f"{name} belongs to uid {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}: not ours, of uid "
+            f"{os.geteuid()} and mode {MODE:o}; run all ranks as one user"
+        )
     header = parse_segment(os.pread(fd, PAGE, 0))
     if header.size != status.st_size:
-        raise LayoutError(f"{name} has {status.st_size} bytes, its header says {header.size}")
+        raise LayoutError(
+            f"{name} has {status.st_size} bytes, its header says {header.size}: damaged, make a new writer"
+        )
     if _identity(header) != _identity(expected):
-        raise LayoutError(f"{name} is another segment than its name says: {header}")
+        raise LayoutError(f"{name} is another segment than its name says: {header}; make a new writer")
     if expected.kind == Kind.CONTROL and header.readers != expected.readers:
-        raise LayoutError(f"{name} serves {header.readers} readers, not {expected.readers}")
+        raise LayoutError(
+            f"{name} serves {header.readers} readers, not {expected.readers}: take the address from its writer"
+        )
     return header
 
 
@@ -199,7 +206,7 @@ def _link(fd: int, name: str) -> None:
     try:
         os.link(f"/proc/self/fd/{fd}", SHM + name, src_dir_fd=folder, follow_symlinks=True)
     except FileExistsError:
-        raise FileExistsError(errno.EEXIST, "somebody has taken this name", SHM + name) from None
+        raise refused(errno.EEXIST, SHM + name) from None
     finally:
         os.close(folder)
 
@@ -224,12 +231,12 @@ def _reserve(name: str, fd: int, size: int) -> None:
         step = min(STEP, size - offset)
         free, bound = room()
         if free < step:
-            raise ArenaFull(f"{name}: {step} of {size} bytes more are wanted, {bound} leaves {free}{ADVICE}")
+            raise ArenaFull(f"{name}: {step} of {size} bytes more are wanted, {bound} leaves {free}; {remedy(bound)}")
         try:
             os.posix_fallocate(fd, offset, step)
         except OSError as error:
-            why = f"cannot reserve {size} bytes of shared memory: {error.strerror}; {bound} had {free} free{ADVICE}"
-            raise ArenaFull(f"{name}: {why}") from error
+            why = f"cannot reserve {size} bytes of shared memory: {error.strerror}; {bound} had {free} free"
+            raise ArenaFull(f"{name}: {why}; {remedy(SHM)}") from error
 
 
 def _forget() -> None:

@@ -55,6 +55,16 @@ class Tickets:
         """Whether each of `readers` can be given `opens` more tickets (L7)."""
         return all(len(self._readers[reader]) + opens <= MAX_TICKETS for reader in readers)
 
+    def crowded(self, readers: Iterable[int], opens: int) -> str:
+        """Which of `readers` cannot be given `opens` more tickets, in words; empty where each can."""
+        full = [reader for reader in readers if not self.room((reader,), opens)]
+        return (
+            f"reader {full[0]} holds {len(self._readers[full[0]])} leases, {MAX_TICKETS} are the most: have it open, "
+            "drop or discard what it was sent"
+            if full
+            else ""
+        )
+
     def grant(self, blocks: Iterable[Block], readers: Iterable[int], opens: int, now: float) -> tuple[int, int]:
         """Give `opens` tickets to each of `readers`: the base ticket, and how many claims that makes on each block."""
         base, given = self._next, 0

@@ -209,6 +209,12 @@ class Handle:
         return Handle.parse, (bytes(self),)
 
 
+def foreign(handle: Handle, address: Address, use: str) -> str:
+    """In words: that `handle` is not of the writer at `address`, and what to do."""
+    theirs, ours = (f"rank {a.rank}, token {a.token.hex()[:8]}" for a in (handle, address))
+    return f"a handle of another writer ({theirs}; this is an end of {ours}): {use} it with an end of that one"
+
+
 class Header(NamedTuple):
     """What the entry rank says of one message.
 

@@ -22,7 +22,7 @@ from shmcast import _threads
 from shmcast._codec import encode
 from shmcast._sent import describe, walk
 from shmcast._wire import Handle
-from shmcast.errors import ArenaFull, ClosedError, EncodeError, MaterializeError
+from shmcast.errors import ArenaFull, EncodeError, MaterializeError, closed_error
 from shmcast.metrics import Counters, Stats
 from shmcast.transport import Writer  # noqa: TC001 - at exit ours are closed before its: its hook must be older
 
@@ -100,6 +100,7 @@ class Admission:
         self._counters = Counters()
         self._held: dict[Hashable, _Request] = {}
         self._closed = False
+        self._pid = os.getpid()
         # Entered as a lock: Ctrl-C inside Condition.__enter__ would leave it locked.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -133,7 +134,7 @@ class Admission:
         with self._lock:
             self._check_open()
             if key in self._held:
-                raise ValueError(f"request {key!r} is held already")
+                raise ValueError(f"request {key!r} is held already: abort it first, or give this one another key")
             held = sum(other.size for other in self._held.values())
             beyond = raw is not None and held + request.size > self._max_held_bytes
             if raw is None or beyond:
@@ -231,7 +232,7 @@ class Admission:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("this Admission was closed, or belongs to the process that this one was forked from")
+            raise closed_error("this Admission", self._pid)
 
     def _due(self) -> list[_Request]:
         """What is done, and has nothing before it in its session that is not; oldest first."""

@@ -25,7 +25,7 @@ from shmcast._planes import RingControl
 from shmcast._points import Point, nowhere
 from shmcast._sent import attempt, describe
 from shmcast._wire import Call, Handle
-from shmcast.errors import ArenaFull, ClosedError, ShmcastError
+from shmcast.errors import ArenaFull, ShmcastError, closed_error
 from shmcast.metrics import Counters, Stats, merge
 from shmcast.multimodal import MultimodalInputs
 from shmcast.policy import Policy, Route
@@ -91,6 +91,7 @@ class Broadcaster:
     ) -> None:
         self._counters = Counters()
         self._closed = False
+        self._pid = os.getpid()
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self._end: Entry | Follower | None = None
@@ -311,7 +312,7 @@ class Broadcaster:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("this Broadcaster was closed, or belongs to the process that this one was forked from")
+            raise closed_error("this Broadcaster", self._pid)
 
     def _check_writer(self, call: str) -> Writer:
         self._check_open()

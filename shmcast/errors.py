@@ -14,6 +14,8 @@ A `ShmcastError` of no subclass is a control plane that failed while every peer 
 (a timeout, a collective that another rank never joined): make a new process group.
 """
 
+import os
+
 
 class ShmcastError(Exception):
     """Base of all errors of this library."""
@@ -68,3 +70,13 @@ class LayoutError(ShmcastError, ValueError):
 
 class UnknownRequest(ShmcastError, LookupError):
     """No request of this key waits here: never submitted, taken already, or aborted; the message says which."""
+
+
+def closed_error(what: str, pid: int) -> ClosedError:
+    """The error of an end that is used after `close`, or in a child of process `pid`, which made it."""
+    here = os.getpid()
+    if here == pid:
+        return ClosedError(f"{what} was closed: make a new one")
+    return ClosedError(
+        f"{what} belongs to process {pid}, from which this one, {here}, was forked: make one after the fork"
+    )

@@ -29,7 +29,7 @@ from shmcast._room import default_capacity
 from shmcast._sent import size_of, weigh
 from shmcast._turn import Turn
 from shmcast._workers import Batch, Work, run_fn
-from shmcast.errors import ClosedError, ShmcastError
+from shmcast.errors import ShmcastError, closed_error
 from shmcast.metrics import Counters, Stats, merge
 from shmcast.multimodal import MultimodalInputs
 from shmcast.policy import Policy, Route
@@ -109,6 +109,7 @@ class SchedulerBackend:
         self._counters = Counters()
         self._turn = Turn()
         self._closed = False
+        self._pid = os.getpid()
         self._left = False
         self._batches = 0
         # Seconds that fn takes on inputs that carry their hashes, a running mean.
@@ -156,7 +157,8 @@ class SchedulerBackend:
         self._check_open()
         pairs = list(batch)
         if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key is in the batch twice")
+            twice = next(key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]])
+            raise ValueError(f"a key is in the batch twice: {twice!r}; submit it in two batches")
         sizes = [size_of(raw) for _, raw in pairs]
         small = sum(sizes) < self._local_below
         if small:
@@ -187,7 +189,7 @@ class SchedulerBackend:
         """
         self._check_open()
         if threading.get_ident() in self._crew.threads:
-            raise ShmcastError("fn called take(): it would wait for itself")
+            raise ShmcastError(f"fn called take({key!r}): it would wait for itself")
         kept = self._requests.pop(key)
         if kept is not NOTHING:
             return self._run(kept)
@@ -252,7 +254,10 @@ class SchedulerBackend:
                 request.settler.help(request, end - time.monotonic())
             left = end - time.monotonic()
             if not request.wait(max(0.0, min(left, SLICE))) and left <= 0:
-                raise TimeoutError(f"request {request.key!r}: its inputs were not there within {timeout:g} s")
+                raise TimeoutError(
+                    f"request {request.key!r}: its inputs were not there within {timeout:g} s; take it again, or abort "
+                    "it, and look at the rank that makes it"
+                )
 
     def _run(self, raw: Any, *, hashed: bool = False) -> Any:
         self._counters.message("local", 0)
@@ -275,9 +280,7 @@ class SchedulerBackend:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError(
-                "this SchedulerBackend was closed, or belongs to the process that this one was forked from"
-            )
+            raise closed_error("this SchedulerBackend", self._pid)
 
     def _check(self, settings: Settings, size: int, max_pending: int, max_pending_bytes: int | None) -> Settings:
         if self._placement not in ("entry", "spread"):

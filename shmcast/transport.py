@@ -28,7 +28,7 @@ from shmcast._contents import Contents, Found, Fresh
 from shmcast._layout import BLOCK, MAX_READERS, MAX_TICKETS, BlockKind, Message, parse_message, plan_message
 from shmcast._lease import Leases
 from shmcast._points import Point, nowhere
-from shmcast.errors import ArenaFull, ClosedError, EncodeError, LayoutError, ShmcastError, StaleHandle
+from shmcast.errors import ArenaFull, EncodeError, LayoutError, ShmcastError, StaleHandle, closed_error
 from shmcast.metrics import Counters, ReaderLeases, Stats
 from shmcast.policy import Policy
 
@@ -84,6 +84,7 @@ class Writer:
         self._counters = Counters()
         self._empties: dict[Block, _Empty] = {}
         self._closed = False
+        self._pid = os.getpid()
         _reclaim.sweep()
         self._arena = Arena(readers, capacity, rank, slots=slots, cache_bytes=self._policy.cache_bytes, reached=reached)
         self._contents = Contents(self._arena, self._policy.cache_bytes, self._counters)
@@ -142,7 +143,9 @@ class Writer:
         self._check_open()
         headers = self._arena.headers
         if headers is None:
-            raise ShmcastError("this writer was made without slots for headers")
+            raise ShmcastError(
+                f"the writer of rank {self.address.rank} has no slots for headers: make it with slots=1024"
+            )
         try:
             with self._announcing:
                 return headers.post(header, self._policy.wait)
@@ -212,7 +215,7 @@ class Writer:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("this writer was closed, or belongs to the process that this one was forked from")
+            raise closed_error(f"the writer of rank {self.address.rank}", self._pid)
 
     def _expire(self, block: Block) -> None:
         """The last tensor over a block of `empty` is gone. Runs in finalizers."""

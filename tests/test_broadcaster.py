@@ -324,7 +324,7 @@ def test_one_header_for_a_batch_and_a_bad_request_fails_alone(ranks: Ranks, poli
         assert same(mixed[0], double({"a": payload(1)}))
         assert same(mixed[2], double({"a": payload(2), "b": payload(3)}))
         if policy.agree or (not policy.peers_hold_raw and rank > 0):
-            assert mixed[1] == Raised(MaterializeError, "fn raised on the entry rank: KeyError: 'this one'")
+            assert mixed[1] == Raised(MaterializeError, "fn raised on rank 0, the entry rank: KeyError: 'this one'")
         else:
             assert mixed[1] == Raised(KeyError, "'this one'")
         assert calls == {"broadcast": 3, **({"all_reduce": 3} if policy.agree else {})}

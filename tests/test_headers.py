@@ -164,7 +164,7 @@ def test_no_header_in_time(writer: Writer, reader: Reader) -> None:
 
 def test_without_a_ring() -> None:
     with Writer(1, capacity=MIB) as writer, Reader(writer.address, 0) as reader:
-        with pytest.raises(ShmcastError, match="without slots"):
+        with pytest.raises(ShmcastError, match="no slots for headers"):
             writer.announce(header(0))
         with pytest.raises(LayoutError, match="no headers"):
             reader.next_header(0)

@@ -327,7 +327,7 @@ def own_calls(rank: int) -> Any:
 
 
 def test_fn_that_takes_fails_and_does_not_wait_for_itself(ranks: Ranks) -> None:
-    wrong = Raised(ShmcastError, "fn called take(): it would wait for itself")
+    wrong = Raised(ShmcastError, "fn called take('other'): it would wait for itself")
     assert ranks.run(2, own_calls) == [wrong, True]
 
 

@@ -393,7 +393,7 @@ def sends_pickle(rank: int, folder: str) -> str:
 def test_pickle_is_loaded_only_where_the_policy_of_this_rank_says_so(ranks: Ranks, tmp_path: Path) -> None:
     folder = tmp_path / "planted"
     said = ranks.run(2, sends_pickle, str(folder))
-    assert said == ["nothing", "the entry rank sent by pickle, which the policy of this rank does not allow"]
+    assert said == ["nothing", "the entry rank, rank 0, sent by pickle, which the policy of this rank does not allow"]
     assert not folder.exists()
 
 

@@ -143,7 +143,8 @@ def test_without_room_nothing_is_reserved(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_segment, "room", lambda: Room(SIZE - 1, "a limit of the test"))
     monkeypatch.setattr(os, "posix_fallocate", pytest.fail)
     with pytest.raises(
-        ArenaFull, match=f"{SIZE} of {SIZE} bytes more are wanted, a limit of the test leaves {SIZE - 1}"
+        ArenaFull,
+        match=f"{SIZE} of {SIZE} bytes more are wanted, a limit of the test leaves {SIZE - 1}; raise that limit",
     ):
         create(name, header_of(name))
     assert not path_of(name).exists()
