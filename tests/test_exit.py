@@ -1,4 +1,4 @@
-"""Interpreters that end badly say what they mean to say and nothing else: no warning, no BufferError, no hang.
+"""Interpreters that end badly say what they mean to say, and nothing else: no warning, no BufferError, no name left.
 
 All run with every warning an error and in development mode, where memory and resources that are not given up are told.
 `test_lifetime.py` has more of those that hold tensors, `test_scheduler_ends.py` those with a process group.
@@ -12,9 +12,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROOT = Path(__file__).parent.parent
 TRACEBACK = "Traceback (most recent call last):"
@@ -54,7 +57,6 @@ EXITS: dict[str, tuple[str, int, str]] = {
         "",
     ),
     "a daemon thread that publishes and opens": ("go(send); started.wait()", 0, ""),
-    "a daemon thread that makes and closes ends": ("go(make_and_close); started.wait()", 0, ""),
     "a daemon thread that waits for a header": (
         "posting = Writer(1, capacity=1 << 20, slots=16); waiting = Reader(posting.address, 0)\n"
         "threading.Thread(target=wait_for, args=(waiting,), daemon=True).start(); started.wait()",
@@ -72,7 +74,7 @@ EXITS: dict[str, tuple[str, int, str]] = {
 }
 
 PROGRAM = """
-import contextlib, json, os, sys, tempfile, threading, warnings
+import contextlib, json, os, secrets, sys, tempfile, threading, warnings
 import torch
 from shmcast import Admission, Broadcaster, Policy, Reader, SchedulerBackend, Writer
 from shmcast.errors import ClosedError, MaterializeError, PeerDied
@@ -100,10 +102,6 @@ def wait_for(end):
     with contextlib.suppress(ClosedError, PeerDied):
         end.next_header(60)
 
-def make_and_close():
-    with Writer(1, capacity=1 << 20) as made, Reader(made.address, 0) as taken:
-        taken.open(made.publish(1))
-
 def send():
     assert reader.open(writer.publish({"a": [1]})) == {"a": [1]}
 
@@ -117,6 +115,13 @@ def go(step):
                 started.set()
     threading.Thread(target=run, daemon=True).start()
 
+def token_bytes(size, real=secrets.token_bytes):
+    return os.getpid().to_bytes(8, "big") + real(size - 8)
+
+def names_of(pid):
+    return [name for name in os.listdir("/dev/shm") if pid.to_bytes(8, "big").hex() in name]
+
+secrets.token_bytes = token_bytes  # so that names tell whose they are
 outcomes = {}
 for name, how in json.loads(sys.argv[1]).items():
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -129,7 +134,7 @@ for name, how in json.loads(sys.argv[1]).items():
             break
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
-        outcomes[name] = (code, *texts)
+        outcomes[name] = (code, *texts, names_of(pid))
 else:
     print(json.dumps(outcomes))
     sys.exit(0)
@@ -138,11 +143,12 @@ exec(how)
 
 
 class Outcome(NamedTuple):
-    """How an interpreter ended."""
+    """How an interpreter ended, and the names that it left in /dev/shm."""
 
     code: int
     out: str
     err: str
+    names: Sequence[str] = ()
 
 
 def run(*args: str) -> Outcome:
@@ -164,7 +170,7 @@ def outcomes() -> dict[str, Outcome]:
 def test_an_interpreter_that_ends_badly_is_quiet(outcomes: dict[str, Outcome], name: str) -> None:
     _, code, last = EXITS[name]
     found = outcomes[name]
-    assert (found.code, found.out) == (code, ""), found.err
+    assert (found.code, found.out, found.names) == (code, "", []), found.err
     if not last:
         assert found.err == ""
         return
@@ -199,4 +205,4 @@ def test_a_spawned_child_and_its_parent_are_quiet(tmp_path: Path) -> None:
     """With a resource tracker of multiprocessing, which knows nothing of our names, and must not hear of them."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SPAWNING))
-    assert run(str(script)) == (3, "", "")
+    assert run(str(script)) == Outcome(3, "", "")
