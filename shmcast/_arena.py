@@ -265,6 +265,7 @@ class Arena:
         """Read what readers have told, and unlink what all of them have mapped."""
         with self._lock.free():
             self._drain()
+            self._update_segments()
 
     def reclaim(self) -> None:
         """Take back everything that dead readers hold."""

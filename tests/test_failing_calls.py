@@ -3,10 +3,11 @@ well again, and nothing is left."""
 
 import errno
 import gc
+import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import pytest
@@ -184,7 +185,26 @@ def close_ends(failing: Failing) -> str:
     return failing.failed
 
 
-SCENARIOS = {"use": use_ends, "close": close_ends}
+def unnamed(arena: _arena.Arena) -> bool:
+    return not arena.named
+
+
+def idle_ends(failing: Failing) -> str:
+    """A writer that does nothing unlinks what its readers have mapped, if not at once then a little later."""
+    before = Snapshot.take()
+    with failing, Writer(2, capacity=MIB, slots=4) as writer:
+        with Reader(writer.address, 0), Reader(writer.address, 1):
+            arena, stem = writer._arena, writer.address.stem[1:]
+            until(partial(unnamed, arena))
+        assert not [name for name in os.listdir("/dev/shm") if stem in name]
+    del writer, arena
+    left = wait_until_clean(before)
+    assert not left, left
+    return failing.failed
+
+
+SCENARIOS = {"use": use_ends, "close": close_ends, "idle": idle_ends}
+THREADS = {"use": (MAIN, READER), "close": (MAIN, READER), "idle": (UNLINK,)}
 
 
 def fail_each(scenario: str, code: int, thread: str, lasts: bool) -> tuple[int, list[str]]:
@@ -218,7 +238,8 @@ def fail_each(scenario: str, code: int, thread: str, lasts: bool) -> tuple[int, 
     return MAX_CALLS, [*wrong, "it never ends"]
 
 
-ONCE = [("use", code, False) for code in CODES] + [("close", code, False) for code in (errno.EACCES, errno.ENOMEM)]
+ONCE = [("use", code, False) for code in CODES]
+ONCE += [(scenario, code, False) for scenario in ("close", "idle") for code in (errno.EACCES, errno.ENOMEM)]
 LASTING = [("use", code, True) for code in (errno.ENOSPC, errno.EMFILE)]
 
 
@@ -228,11 +249,11 @@ def name_of(case: object) -> str | None:
 
 @pytest.mark.parametrize(("scenario", "code", "lasts"), ONCE + LASTING, ids=name_of)
 def test_any_call_may_fail(ranks: Ranks, scenario: str, code: int, lasts: bool) -> None:
-    for thread in (MAIN, READER, UNLINK):
+    for number, thread in enumerate(THREADS[scenario]):
         [(runs, wrong)] = ranks.start_each(fail_each, [(scenario, code, thread, lasts)], check=False).results(100)
         print(f"{scenario}, {errno.errorcode[code]} on {thread}: {runs} calls failed")
         assert not wrong, f"{len(wrong)} of {runs}:\n" + "\n".join(wrong[:SHOWN])
-        assert runs or thread != MAIN
+        assert runs or number, "nothing was tried"
 
 
 # A group: whichever call of one rank fails, every rank has every object.

@@ -65,9 +65,10 @@ def live(world: World, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return fork(inhabit)
     except ForkFailed as error:
-        if "NoWorld: " not in str(error):
+        refused = re.search("NoWorld: (.*)", str(error))
+        if refused is None:
             raise
-        return NoWorld(str(error).strip().splitlines()[-1])
+        return NoWorld(refused[1])
 
 
 def there(ranks: Ranks, world: World, function: Callable[..., Any], *args: Any) -> Any:

@@ -34,9 +34,9 @@ def fork_each(*functions: Callable[[], Any], timeout: float = TIMEOUT) -> list[A
     finally:
         for child in children:
             child.end()
-    for number, (well, value) in enumerate(told):
-        if not well:
-            raise ForkFailed(f"child {number} of {len(children)}: {value}")
+    stories = [f"child {number} of {len(children)}: {value}" for number, (well, value) in enumerate(told) if not well]
+    if stories:
+        raise ForkFailed("\n".join(stories))
     return [value for _, value in told]
 
 
