@@ -239,20 +239,22 @@ def test_growth_without_descriptors_is_refused_until_there_are_some(ranks: Ranks
 
 def fork_without_descriptors() -> tuple[bool, bool]:
     """A child that finds no descriptor to look with still gives its parent's locks up."""
-    before = os.pipe()
+    ended, ready = os.pipe(), os.pipe()
     with Writer(1, capacity=MIB) as writer:
         control = os.open(f"/proc/self/fd/{writer._arena._control.fd}", os.O_RDWR)
         with few_descriptors(0):
             child = os.fork()
             if child == 0:
-                os.read(before[0], 1)
+                os.write(ready[1], b".")
+                os.read(ended[0], 1)
                 os._exit(0)
+        os.read(ready[0], 1)
         held = is_taken(control, WRITER_BYTE)
     free = not is_taken(control, WRITER_BYTE)
     os.close(control)
-    os.write(before[1], b".")
+    os.write(ended[1], b".")
     os.waitpid(child, 0)
-    for fd in before:
+    for fd in (*ended, *ready):
         os.close(fd)
     return held, free
 
