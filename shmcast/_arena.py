@@ -13,37 +13,19 @@ from contextlib import ExitStack, suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from shmcast import _segment
+from shmcast import _layout, _segment
 from shmcast._blocks import Block, Blocks
 from shmcast._cache import Cache
 from shmcast._headers import HeaderWriter
-from shmcast._layout import (
-    MAX_SEGMENTS,
-    NEVER,
-    PAGE,
-    RING_ENTRIES,
-    SEGMENTS_OFFSET,
-    TOKEN_BYTES,
-    EntryKind,
-    Kind,
-    SegmentHeader,
-    control_size,
-    floor_offset,
-    mark_withdrawn,
-    ring_offset,
-    round_up,
-    slots_offset,
-    stamp_payload,
-    write_long,
-    write_word,
-)
+from shmcast._layout import MAX_SEGMENTS, NEVER, PAGE, RING_ENTRIES, EntryKind, Kind, SegmentHeader
 from shmcast._names import Names
+from shmcast._news import News
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._points import Point, nowhere
 from shmcast._ring import Inbox, Peer, fence
 from shmcast._room import default_capacity
 from shmcast._segment import STEP, Segment
-from shmcast._tickets import Held, Tickets
+from shmcast._tickets import Held, Tickets, explain
 from shmcast._turn import Reentered, Turn
 from shmcast._wire import Address, Handle, foreign
 from shmcast.errors import ArenaFull, ClosedError, LayoutError
@@ -72,7 +54,7 @@ class Arena:
 
         `slots`: of the header ring, a power of two; 0 for none. `cache_bytes`: what the cache may keep.
         """
-        self.address = Address(secrets.token_bytes(TOKEN_BYTES), rank, readers)
+        self.address = Address(secrets.token_bytes(_layout.TOKEN_BYTES), rank, readers)
         self.capacity = default_capacity() if capacity is None else capacity
         self.clock = clock
         self.reached = reached
@@ -92,6 +74,7 @@ class Arena:
         self._floors = [0] * readers
         self._lagging: dict[int, int] = {}
         self._hopeless = False
+        self.news = News(self._write_board, _layout.board_offset(readers, RING_ENTRIES, slots), self.capacity, clock)
         self._control = self._create_control(readers)
         self._seat: Seat | None = None
         self._peers: tuple[Peer, ...] = ()
@@ -103,6 +86,7 @@ class Arena:
             if slots:
                 self.headers = self._make_headers()
             self._add_segment(min(self.capacity, STEP))
+            self._write_board()
             self._names.watch()
         except BaseException:
             self.close()
@@ -141,7 +125,7 @@ class Arena:
             left = deadline - time.monotonic()
             if left <= 0 and not (pause and self._revoke_laggards(before)):
                 self._hopeless |= self.headers is not None and wait > 0
-                raise ArenaFull(self._explain(length, wait, trouble))
+                raise ArenaFull(explain(length, wait, self.address.rank, self.held(), self.usage(), trouble))
             time.sleep(max(0.0, min(pause, left)))
             pause = min(2 * pause + 1e-5, 2e-3)
 
@@ -183,10 +167,11 @@ class Arena:
     def grant(self, message: Block, listed: Iterable[Block], readers: Iterable[int], opens: int) -> Handle:
         """Give each of `readers` `opens` leases on a message that is complete."""
         blocks = (message, *listed)
+        self.news.stir()
         with self._lock.free():
             self._check_open()
             for block in blocks[1:]:
-                stamp_payload(self._segments[block.segment].map, block.offset)
+                _layout.stamp_payload(self._segments[block.segment].map, block.offset)
             readers = [reader for reader in readers if self._peers[reader].listens]
             base, given = self._tickets.grant(blocks, readers, opens, self.clock())
             for block in blocks:
@@ -214,13 +199,13 @@ class Arena:
         # 1. The mark is stored.  2. A full fence.  3. Tickets whose OPENED is in no ring by now are taken back.
         # A reader posts OPENED, fences, and then looks for the mark: one of us sees the other, so that nobody
         # reads a block that came free.
-        mark_withdrawn(self._segments[block.segment].map, block.offset)
+        _layout.mark_withdrawn(self._segments[block.segment].map, block.offset)
         fence()
         self._read_all()
         self._unclaim(self._tickets.withdrawn(handle.ticket, handle.opens))
 
     def _make_headers(self) -> HeaderWriter:
-        base = slots_offset(self.address.readers, RING_ENTRIES)
+        base = _layout.slots_offset(self.address.readers, RING_ENTRIES)
         ready = [peer.ready for peer in self._peers if peer.ready is not None]
         return HeaderWriter(self._control.map, base, self._slots, ready, self, self.reached)
 
@@ -256,7 +241,9 @@ class Arena:
             # A floor that went down would let a reader open what was given out again.
             self._floors[reader] = below = max(below, self._floors[reader])
             # As in withdraw: the floor is stored, a full fence, then tickets whose OPENED is in no ring by now.
-            write_long(self._control.map, floor_offset(self.address.readers, RING_ENTRIES, reader), below)
+            _layout.write_long(
+                self._control.map, _layout.floor_offset(self.address.readers, RING_ENTRIES, reader), below
+            )
             fence()
             self._read_all()
             self._unclaim(self._tickets.discarded(reader, below))
@@ -301,16 +288,26 @@ class Arena:
     def usage(self) -> tuple[int, int, int, int]:
         """Live blocks, free bytes, largest free block, bytes of all segments."""
         with self._lock.free():
-            return self._blocks.live, self._blocks.free, self._blocks.largest, self._blocks.total
+            return self._blocks.usage
 
     @property
     def named(self) -> int:
         """How many segments still have a name in /dev/shm."""
         return len(self._names)
 
+    def _write_board(self) -> None:
+        """Tell whoever looks on how things stand."""
+        self.news.take()
+        with self._lock.free():
+            if self._control.fd >= 0:
+                rows = [(self._tickets.held(i), peer.inbox.heard) for i, peer in enumerate(self._peers)]
+                self.news.post(self._control.map, self._stop.is_set(), self._tickets.next, self._blocks.usage, rows)
+
     def close(self) -> None:
         """Unlink what still has a name, give up the lock; what readers have mapped stays with them."""
         self._stop.set()
+        self.news.close()
+        self._write_board()
         with self._lock.free():
             self._names.unlink_all()
             if self._seat is not None:
@@ -325,7 +322,7 @@ class Arena:
     # Creation and growth.
 
     def _create_control(self, readers: int) -> Segment:
-        size = control_size(readers, RING_ENTRIES, self._slots)
+        size = _layout.control_size(readers, RING_ENTRIES, self._slots)
         header = SegmentHeader(
             Kind.CONTROL, self.address.token, self.address.rank, 0, size, readers, RING_ENTRIES, self._slots
         )
@@ -343,7 +340,7 @@ class Arena:
                 made.append(self._names.semaphore(name))
                 undo.callback(made[-1].close)
             undo.pop_all()
-        base = ring_offset(reader, RING_ENTRIES)
+        base = _layout.ring_offset(reader, RING_ENTRIES)
         return Peer(Inbox(self._control.map, base, RING_ENTRIES, made[0]), made[1], made[2] if self._slots else None)
 
     def _add_segment(self, size: int) -> None:
@@ -361,7 +358,7 @@ class Arena:
             self._segments.append(segment)
             self._names.add(segment)
             self._blocks.add(number, size, usable=number == 0)
-            write_word(self._control.map, SEGMENTS_OFFSET, number + 1)
+            _layout.write_word(self._control.map, _layout.SEGMENTS_OFFSET, number + 1)
             self._update_segments()
 
     def _grow(self, length: int) -> str:
@@ -378,9 +375,9 @@ class Arena:
                 total = self._blocks.total
             if pending:
                 return self._awaited(pending[0])
-            need = PAGE + round_up(length, PAGE)
+            need = PAGE + _layout.round_up(length, PAGE)
             # Room for two: while readers still hold one message of this size, the next one is under way.
-            size = min(max(round_up(2 * need, STEP), round_up(total // 2, STEP)), self.capacity - total)
+            size = min(max(_layout.round_up(2 * need, STEP), _layout.round_up(total // 2, STEP)), self.capacity - total)
             if size < need or len(self._segments) == MAX_SEGMENTS:
                 return f"the capacity of {self.capacity} bytes is used up: raise it, or have less held at a time"
             try:
@@ -426,6 +423,7 @@ class Arena:
         self._read_all()
 
     def _read_all(self) -> None:
+        self.news.stir()
         for i, peer in enumerate(self._peers):
             self._read(i, peer)
 
@@ -462,12 +460,3 @@ class Arena:
 
     def _mapped_by_all(self, number: int) -> bool:
         return all(number in peer.mapped or number in self._retired for peer in self._peers if peer.listens)
-
-    def _explain(self, length: int, wait: float, trouble: str) -> str:
-        held = self.held()
-        live, free, largest, total = self.usage()
-        leases = ", ".join(f"reader {i} holds {h.leases}" for i, h in enumerate(held) if h.leases) or "no lease is held"
-        return (
-            f"no block of {length} bytes within {wait:g} s in the arena of rank {self.address.rank}: {live} blocks "
-            f"live, {free} of {total} bytes free, the largest hole has {largest}; {leases}; {trouble}"
-        )

@@ -107,6 +107,11 @@ class Blocks:
         """Bytes of all segments."""
         return sum(space.size for space in self._spaces.values())
 
+    @property
+    def usage(self) -> tuple[int, int, int, int]:
+        """Live blocks, free bytes, the largest hole, bytes of all segments."""
+        return self.live, self.free, self.largest, self.total
+
     def _take_hole(self, length: int) -> Block | None:
         size = round_up(length, PAGE)
         for number, space in self._spaces.items():

@@ -71,6 +71,8 @@ class Entry:
         # Whether a rank may run `fn` itself.
         self._heals = policy.peers_hold_raw and not policy.agree
         self._owing = False
+        if writer is not None:
+            writer.count(counters)
 
     def broadcast(self, obj: T) -> T:
         """`obj` to every rank."""

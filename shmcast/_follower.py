@@ -55,6 +55,8 @@ class Follower:
         # Whether this rank may run `fn` itself.
         self._heals = policy.peers_hold_raw and not policy.agree
         self._writer_lived: bool | None = None
+        if reader is not None:
+            reader.count(counters)
 
     def broadcast(self) -> object:
         """The entry rank's object."""

@@ -21,7 +21,8 @@ Segment header: the first page of every segment, arena and control alike.
 Ring: one for each reader, after the header page of the control segment, in whole pages.
 
          0     4  taken     reader: 1 once a reader has taken this index (L5)
-         4    60  reserved
+         4     4  pid       reader: of its process, in its own pid namespace; a hint (L6)
+         8    56  fallbacks reader: how often each of 14 reasons, by number, a word each; hints (L6)
         64   16n  entries   reader: entry number s lies at index s % n (L7)
 
 Ring entry.
@@ -41,6 +42,8 @@ Header slot.
          8   256  header    writer: see the layout of channels
        264    52  reserved
        316     4  checksum  writer: CRC-32 of bytes 0 to 315
+
+Board: the last page of the control segment, for whoever looks on; its table stands in `_board` (L11).
 
 Block: whole pages of an arena segment, at a page boundary (L2).
 
@@ -76,6 +79,8 @@ Invariants; code and tests cite them by name.
         for OPENED after one: a ticket below it is either not taken back or not read on.
     L10 A reader takes headers in the order of their numbers; a higher number in a slot means that it missed one. Tokens
         in its semaphore are how many it has not taken: they wake it, order the bytes (L6) and hold the writer back.
+    L11 The board is told, not asked: nobody decides by it. It carries its number before and after its bytes, and a
+        checksum over them: one that does not fit is being written, and is read again.
 """
 
 from __future__ import annotations
@@ -108,7 +113,7 @@ SEGMENT_MAGIC: Final = b"SHMCAST1"
 BLOCK_MAGIC: Final = b"SHMBLOCK"
 
 SEGMENT: Final = struct.Struct("<8sII16sIIQIIII")
-RING_HEAD: Final = struct.Struct("<I60x")
+RING_HEAD: Final = struct.Struct("<II56s")
 ENTRY: Final = struct.Struct("<QII")
 BLOCK: Final = struct.Struct("<8sQQIIQ20xI")
 TABLE: Final = struct.Struct("<IIQ")
@@ -119,6 +124,10 @@ LONG: Final = struct.Struct("<Q")
 SLOT: Final = struct.Struct("<Q256s52xI")
 
 SEGMENTS_OFFSET: Final = 56
+TAKEN_OFFSET: Final = 0
+PID_OFFSET: Final = 4
+FALLBACKS_OFFSET: Final = 8
+MAX_REASONS: Final = 14
 KIND_OFFSET: Final = 24
 STAMP_OFFSET: Final = 28
 STAMP_END: Final = 32
@@ -244,9 +253,12 @@ def ring_offset(reader: int, entries: int) -> int:
 
 def control_size(readers: int, entries: int, slots: int = 0) -> int:
     """Bytes of a control segment."""
-    return (
-        slots_offset(readers, entries) - FLOORS_BYTES + (slots > 0) * round_up(FLOORS_BYTES + slots * SLOT.size, PAGE)
-    )
+    return board_offset(readers, entries, slots) + PAGE
+
+
+def board_offset(readers: int, entries: int, slots: int = 0) -> int:
+    """Where the board lies in a control segment."""
+    return ring_offset(readers, entries) + (slots > 0) * round_up(FLOORS_BYTES + slots * SLOT.size, PAGE)
 
 
 def floor_offset(readers: int, entries: int, reader: int) -> int:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from contextlib import ExitStack, suppress
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from weakref import WeakSet, finalize, ref
 
 import numpy as np
@@ -22,17 +22,16 @@ import posix_ipc
 import torch
 from torch import Tensor
 
-from shmcast import _segment, _threads
+from shmcast import _layout, _segment, _threads
 from shmcast._headers import HeaderReader
+from shmcast._held import Hold, Lease, Opened, Place
 from shmcast._layout import (
     BLOCK,
-    LONG,
     MAX_SEGMENTS,
     NEVER,
     PAGE,
     RING_ENTRIES,
     RING_HEAD,
-    SEGMENTS_OFFSET,
     WORD,
     BlockKind,
     Descriptor,
@@ -42,25 +41,18 @@ from shmcast._layout import (
     Stale,
     check_block,
     check_descriptor,
-    floor_offset,
     parse_block,
-    parse_message,
     round_up,
-    slots_offset,
-    write_word,
 )
 from shmcast._named import open_semaphore
 from shmcast._pages import MADV_POPULATE_READ, PrivatePages, populate
 from shmcast._peers import WRITER_BYTE, Seat, is_taken
 from shmcast._points import Point, nowhere
-from shmcast._ring import Outbox, acquire_all, fence, wait
+from shmcast._ring import Outbox, acquire_all, fence, introduce, wait
 from shmcast._wire import foreign
 from shmcast.errors import LayoutError, ShmcastError, StaleHandle, closed_error
 
 if TYPE_CHECKING:
-    import mmap
-    from collections.abc import Callable
-
     from shmcast._points import Reached
     from shmcast._segment import Isolation, Segment
     from shmcast._wire import Address, Handle
@@ -71,45 +63,6 @@ FULL_RING_PAUSE = 0.01
 log = logging.getLogger("shmcast")
 
 _live: WeakSet[Leases] = WeakSet()
-
-
-class _Place(NamedTuple):
-    """Where this process sees a block: a mapping, and the block's offset in it."""
-
-    mapping: mmap.mmap
-    offset: int
-
-
-class Lease:
-    """One opened ticket. Over when as many ends were seen as it has exporters, and one more for the decode.
-
-    `Hold` is the decode's: exporters are made only while it lives.
-    """
-
-    def __init__(self, ticket: int) -> None:
-        self.ticket = ticket
-        self.shared: list[Descriptor] = []
-        self.places: dict[Descriptor, _Place] = {}
-        self.exporters = 0
-        self.exporter: ref[object] | None = None  # one of them, to see whether any lives
-        self.ends = 0
-
-
-class Hold:
-    """What keeps a lease while its message is decoded: until `end`, or until it is dropped by whatever was raised."""
-
-    def __init__(self, lease: Lease, end: Callable[[Lease], None]) -> None:
-        self.lease = lease
-        self.end = finalize(self, end, lease)
-        self.end.atexit = False
-
-
-class Opened(NamedTuple):
-    """A message that is safe to decode as long as `hold` is not ended."""
-
-    hold: Hold
-    stream: bytes
-    pieces: tuple[Tensor, ...]
 
 
 class Leases:
@@ -171,7 +124,7 @@ class Leases:
                 raise StaleHandle(
                     f"{self}: too late for {handle.where}: its writer has taken it back; take headers sooner"
                 )
-            message = parse_message(self._view(handle.where, lease), handle.where.generation)
+            message = _layout.parse_message(self._view(handle.where, lease), handle.where.generation)
             for listed in message.blocks:
                 parse_block(self._view(listed, lease), listed.generation, BlockKind.PAYLOAD)
             places = [lease.places[where] for where in (handle.where, *message.blocks)]
@@ -217,6 +170,11 @@ class Leases:
         with self._lock:
             if not self._closing:
                 self._post_later(EntryKind.BAD, segment)
+
+    def tell(self, reason: int, count: int) -> None:
+        """Show how often this rank fell back for the reason of this number. From any thread, a signal handler too."""
+        if not self.inherited:
+            self._outbox.tell(reason, count)
 
     def writer_lives(self) -> bool:
         """Whether the writer still holds its lock."""
@@ -289,8 +247,10 @@ class Leases:
         header = self._ring.header
         if not header.slots:
             return 0
-        raw = os.pread(self._ring.fd, LONG.size, floor_offset(header.readers, header.entries, self.index))
-        return int(LONG.unpack(raw)[0])
+        raw = os.pread(
+            self._ring.fd, _layout.LONG.size, _layout.floor_offset(header.readers, header.entries, self.index)
+        )
+        return int(_layout.LONG.unpack(raw)[0])
 
     def _check_inherited(self) -> None:
         """A forked child takes no lock: a thread that is not here may have held it."""
@@ -327,18 +287,18 @@ class Leases:
             self._drop(where)
         return view
 
-    def _place(self, where: Descriptor, lease: Lease) -> _Place:
+    def _place(self, where: Descriptor, lease: Lease) -> Place:
         segment = self._segment(where)
         if self._isolation != "cow":
-            return _Place(segment.map, where.offset)
+            return Place(segment.map, where.offset)
         with self._lock:
             if (where.segment, where.offset) in self._shared:
                 self._settle()
             if self._shared.setdefault((where.segment, where.offset), lease) is lease:
                 lease.shared.append(where)
-                return _Place(segment.map, where.offset)
+                return Place(segment.map, where.offset)
         # An earlier open of this block is held, and may have been written to: this one gets pages of its own.
-        return _Place(segment.map_block(where.offset, round_up(where.length, PAGE)), 0)
+        return Place(segment.map_block(where.offset, round_up(where.length, PAGE)), 0)
 
     def _segment(self, where: Descriptor) -> Segment:
         check_descriptor(where)
@@ -349,7 +309,7 @@ class Leases:
             raise LayoutError(f"{self}: {where}: no such segment is mapped here; the warnings of this logger say why")
         return segment
 
-    def _tensor(self, place: _Place, offset: int, length: int, lease: Lease) -> Tensor:
+    def _tensor(self, place: Place, offset: int, length: int, lease: Lease) -> Tensor:
         """`length` bytes as a 1-D uint8 tensor: over the mapping, or for few bytes a copy that pins nothing."""
         start = place.offset + offset
         if length < COPY_BELOW:
@@ -454,7 +414,7 @@ class Leases:
             if RING_HEAD.unpack_from(self._ring.map)[0]:
                 raise StaleHandle(f"{self} was there before, and has been closed or has died: {once}")
             self._reached(Point.SEATED)
-            write_word(self._ring.map, 0, 1)
+            introduce(self._ring.map)
         except BaseException:
             seat.release()
             raise
@@ -468,13 +428,13 @@ class Leases:
             # A descriptor of its own: another thread may be in `receive` while this reader is dismantled.
             fd = os.dup(self._ring.fd)
             undo.pop_all()
-        return HeaderReader(fd, slots_offset(header.readers, header.entries), header.slots, ready)
+        return HeaderReader(fd, _layout.slots_offset(header.readers, header.entries), header.slots, ready)
 
     def _map_new(self, *, first: bool = False) -> None:
         """Map the segments that the writer has made since, and tell it; the first ones must succeed."""
         with self._lock:
             known = len(self._segments)
-            (count,) = WORD.unpack(os.pread(self._ring.fd, WORD.size, SEGMENTS_OFFSET))
+            (count,) = WORD.unpack(os.pread(self._ring.fd, WORD.size, _layout.SEGMENTS_OFFSET))
             for number in range(known, min(count, MAX_SEGMENTS)):
                 segment = self._attach(number, first=first)
                 self._segments.append(segment)

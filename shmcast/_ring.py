@@ -6,13 +6,26 @@ and that acquire are what orders the entry's bytes (L6). Entries never overrun t
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import posix_ipc
 
-from shmcast._layout import RING_HEAD, Entry, EntryKind, parse_entry, write_entry
+from shmcast._layout import (
+    FALLBACKS_OFFSET,
+    MAX_REASONS,
+    PID_OFFSET,
+    RING_HEAD,
+    TAKEN_OFFSET,
+    WORD,
+    Entry,
+    EntryKind,
+    parse_entry,
+    write_entry,
+    write_word,
+)
 from shmcast._points import Point, nowhere
 from shmcast.errors import LayoutError
 
@@ -21,6 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from shmcast._points import Reached
+
+
+def introduce(ring: mmap.mmap) -> None:
+    """Say that this index is taken, and which process has it."""
+    write_word(ring, PID_OFFSET, os.getpid())
+    write_word(ring, TAKEN_OFFSET, 1)
 
 
 class Outbox:
@@ -54,6 +73,13 @@ class Outbox:
                 self._tokens += 1
             return True
 
+    def tell(self, reason: int, count: int) -> None:
+        """Show how often this rank fell back for the reason of this number; for whoever looks on. Takes no lock."""
+        # A word that another thread stores later is larger, or is made up for by the next fallback.
+        with suppress(AttributeError):
+            if reason < MAX_REASONS:
+                write_word(self._ring, FALLBACKS_OFFSET + reason * WORD.size, min(count, 2**32 - 1))
+
     def close(self) -> None:
         """Let go of the ring; nothing is posted after this."""
         with self._lock:
@@ -75,6 +101,11 @@ class Inbox:
     def taken(self) -> bool:
         """Whether a reader has taken this index; a hint that is only ever late."""
         return bool(RING_HEAD.unpack_from(self._control, self._base)[0])
+
+    @property
+    def heard(self) -> int:
+        """How many entries were read."""
+        return self._seq
 
     def drain(self) -> Iterator[Entry]:
         """Every entry posted so far; one that a signal handler interrupts comes again, which does no harm."""

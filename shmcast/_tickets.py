@@ -44,6 +44,7 @@ class Tickets:
 
     def __init__(self, readers: int) -> None:
         self._readers: tuple[dict[int, _Lease], ...] = tuple({} for _ in range(readers))
+        self._opened = [0] * readers
         self._next = 1
 
     @property
@@ -80,12 +81,14 @@ class Tickets:
         """The reader has opened this lease; False where it has no such ticket."""
         lease = self._readers[reader].get(ticket)
         if lease is not None:
+            self._opened[reader] += not lease.opened
             lease.opened = True
         return lease is not None
 
     def released(self, reader: int, ticket: int) -> tuple[Block, ...]:
         """The reader has given this lease back."""
         lease = self._readers[reader].pop(ticket, None)
+        self._opened[reader] -= lease is not None and lease.opened
         return lease.grant.blocks if lease else ()
 
     def discarded(self, reader: int, below: int) -> Iterator[Block]:
@@ -97,6 +100,7 @@ class Tickets:
     def died(self, reader: int) -> Iterator[Block]:
         """The reader is dead: take back everything."""
         leases = self._readers[reader]
+        self._opened[reader] = 0
         while leases:
             yield from leases.popitem()[1].grant.blocks
 
@@ -117,10 +121,20 @@ class Tickets:
         )
 
     def held(self, reader: int) -> Held:
-        """What a reader holds now."""
-        leases = self._readers[reader].values()
-        return Held(
-            len(leases),
-            sum(lease.opened for lease in leases),
-            min((lease.grant.since for lease in leases), default=None),
-        )
+        """What a reader holds now; as quick for thousands of leases as for one."""
+        leases = self._readers[reader]
+        # They are in the order in which they were given.
+        oldest = next(iter(leases.values()), None)
+        return Held(len(leases), self._opened[reader], None if oldest is None else oldest.grant.since)
+
+
+def explain(
+    length: int, wait: float, rank: int, held: Iterable[Held], usage: tuple[int, int, int, int], trouble: str
+) -> str:
+    """Why no block of `length` bytes came free. `usage`: live blocks, free bytes, largest hole, bytes in all."""
+    live, free, largest, total = usage
+    leases = ", ".join(f"reader {i} holds {h.leases}" for i, h in enumerate(held) if h.leases) or "no lease is held"
+    return (
+        f"no block of {length} bytes within {wait:g} s in the arena of rank {rank}: {live} blocks live, {free} of "
+        f"{total} bytes free, the largest hole has {largest}; {leases}; {trouble}"
+    )

@@ -98,6 +98,7 @@ class Admission:
         self._fn = fn
         self._max_held_bytes = max_held_bytes
         self._counters = Counters()
+        writer.count(self._counters)
         self._held: dict[Hashable, _Request] = {}
         self._closed = False
         self._pid = os.getpid()

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 TIMES: Final = ("hold", "materialize", "publish", "header", "map", "take_wait")
 BATCH: Final = "batch"
@@ -193,6 +193,7 @@ class Counters:
         self._messages: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
+        self._watching: list[Callable[[str, int], None]] = []
         self._tallies = {**{name: _Tally(_SECONDS) for name in TIMES}, BATCH: _Tally(_REQUESTS)}
         self._hits = self._misses = self._saved = self._evicted = 0
 
@@ -206,7 +207,26 @@ class Counters:
         """A route was not the first choice; True the first time for this reason."""
         with self._lock:
             self._fallbacks[reason] += 1
-            return self._fallbacks[reason] == 1
+            count = self._fallbacks[reason]
+        for tell in self._watching:
+            tell(reason, count)
+        return count == 1
+
+    def watch(self, tell: Callable[[str, int], None]) -> None:
+        """Have `tell` called with the reason of each fallback, and how many it was one of; with those so far at once.
+
+        It takes no lock and never raises.
+        """
+        with self._lock:
+            self._watching.append(tell)
+            so_far = dict(self._fallbacks)
+        for reason, count in so_far.items():
+            tell(reason, count)
+
+    def totals(self) -> tuple[int, int, Mapping[str, int]]:
+        """Messages, bytes of their tensors, fallbacks by reason."""
+        with self._lock:
+            return self._messages.total(), self._bytes.total(), dict(self._fallbacks)
 
     def observe(self, name: str, value: float) -> None:
         """Something took `value` seconds, `name` of `TIMES`; or a `BATCH` had `value` requests. `KeyError` else."""

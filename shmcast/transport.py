@@ -28,6 +28,7 @@ from shmcast._contents import Contents, Found, Fresh
 from shmcast._layout import BLOCK, MAX_READERS, MAX_TICKETS, BlockKind, Message, parse_message, plan_message
 from shmcast._lease import Leases
 from shmcast._points import Point, nowhere
+from shmcast._wire import Reason
 from shmcast.errors import ArenaFull, EncodeError, LayoutError, ShmcastError, StaleHandle, closed_error
 from shmcast.metrics import Counters, ReaderLeases, Stats
 from shmcast.policy import Policy
@@ -88,6 +89,7 @@ class Writer:
         _reclaim.sweep()
         self._arena = Arena(readers, capacity, rank, slots=slots, cache_bytes=self._policy.cache_bytes, reached=reached)
         self._contents = Contents(self._arena, self._policy.cache_bytes, self._counters)
+        self.count(self._counters)
         self._announcing = threading.Lock()
         _writers.add(self)
 
@@ -194,6 +196,10 @@ class Writer:
             for i, (alive, held) in enumerate(zip(self._arena.alive(), self._arena.held(), strict=True))
         )
         return self._counters.stats(usage=self._arena.usage(), leases=leases)
+
+    def count(self, counters: Counters) -> None:
+        """Have `shmcast top` show what these count of this rank, too."""
+        self._arena.news.count(counters)
 
     def close(self) -> None:
         """Publish no more, leave no name behind. What readers have mapped, and tensors of `empty`, stay valid."""
@@ -382,6 +388,14 @@ class Reader:
     def writer_lives(self) -> bool:
         """Whether the writer's process is alive and has not closed it."""
         return self._leases.writer_lives()
+
+    def count(self, counters: Counters) -> None:
+        """Have `shmcast top` show the fallbacks that these count of this rank."""
+        counters.watch(self._tell)
+
+    def _tell(self, reason: str, count: int) -> None:
+        if reason.upper() in Reason.__members__:
+            self._leases.tell(Reason[reason.upper()], count)
 
     def stats(self) -> Stats:
         """Messages opened, and the leases that are held now."""

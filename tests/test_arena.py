@@ -11,7 +11,7 @@ from typing import Any
 import posix_ipc
 import pytest
 
-from shmcast import _arena, _names, _room, _segment
+from shmcast import _arena, _layout, _names, _room, _segment
 from shmcast._arena import Arena
 from shmcast._blocks import Block
 from shmcast._layout import (
@@ -426,7 +426,7 @@ def test_withdraw_marks_then_fences_then_listens(stage: Stage, monkeypatch: pyte
         monkeypatch.setattr(owner, name, noted)
 
     handle = publish(arena, 0)
-    for owner, name in ((_arena, "mark_withdrawn"), (_arena, "fence"), (arena, "_read_all")):
+    for owner, name in ((_layout, "mark_withdrawn"), (_arena, "fence"), (arena, "_read_all")):
         noting(owner, name)
     arena.withdraw(handle)
     assert order == ["mark_withdrawn", "fence", "_read_all"]

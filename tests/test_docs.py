@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import shmcast
-from shmcast import _layout, _wire
+from shmcast import _board, _layout, _wire
 from shmcast._reclaim import Verdict
 from shmcast.cli.doctor import CHECKS
 
@@ -29,6 +29,9 @@ STRUCTS = {
     "Ring entry": _layout.ENTRY,
     "Header slot": _layout.SLOT,
     "Block": _layout.BLOCK,
+    "Board": _board.BOARD,
+    "Board fallback": _board.FALLBACK,
+    "Board reader": _board.READER,
     "Address": _wire.ADDRESS,
     "Handle": _wire.HANDLE,
     "Header": _wire.HEADER,
@@ -53,7 +56,10 @@ def block_after(title: str, text: str) -> str:
     return text.split(f"## {title}\n")[1].split("```")[1].strip("\n")
 
 
-@pytest.mark.parametrize(("title", "doc"), [("In shared memory", _layout.__doc__), ("Through channels", _wire.__doc__)])
+@pytest.mark.parametrize(
+    ("title", "doc"),
+    [("In shared memory", _layout.__doc__), ("The board", _board.__doc__), ("Through channels", _wire.__doc__)],
+)
 def test_format_page_has_the_tables_of_the_code(title: str, doc: str) -> None:
     assert block_after(title, FORMAT) in doc
 

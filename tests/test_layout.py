@@ -189,7 +189,7 @@ def test_control_segment_header_bytes() -> None:
         kind=2,
         token=TOKEN,
         rank=3,
-        size=PAGE + 2 * _layout.round_up(64 + 16 * 256, PAGE),
+        size=PAGE + 2 * _layout.round_up(64 + 16 * 256, PAGE) + PAGE,
         readers=2,
         entries=256,
     )
@@ -417,7 +417,8 @@ def test_rings_are_whole_pages_and_tile_the_control_segment(readers: int, expone
     assert size % PAGE == 0
     assert size >= 64 + 16 * entries
     assert offsets == [PAGE + i * size for i in range(readers)]
-    assert offsets[-1] + size == _layout.control_size(readers, entries)
+    assert offsets[-1] + size == _layout.board_offset(readers, entries)
+    assert _layout.board_offset(readers, entries) + PAGE == _layout.control_size(readers, entries)
 
 
 def test_L7_living_tickets_cannot_overrun_the_ring() -> None:

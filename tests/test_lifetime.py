@@ -24,8 +24,9 @@ import numpy as np
 import pytest
 import torch
 
+from shmcast._held import Lease
 from shmcast._layout import BLOCK, PAGE
-from shmcast._lease import COPY_BELOW, Lease
+from shmcast._lease import COPY_BELOW
 from shmcast.errors import ArenaFull, ClosedError, ShmcastError, StaleHandle
 from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer

@@ -43,9 +43,11 @@ NAMES = {
 }
 LIGHT = [
     "_blocks",
+    "_board",
     "_cache",
     "_headers",
     "_layout",
+    "_news",
     "_pages",
     "_peers",
     "_reclaim",
