@@ -8,6 +8,7 @@ from shmcast.cli.bench import bench
 from shmcast.cli.demo import demo
 from shmcast.cli.doctor import doctor
 from shmcast.cli.gc import gc
+from shmcast.cli.top import top
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,3 +21,4 @@ command_line.add_command(bench)
 command_line.add_command(demo)
 command_line.add_command(doctor)
 command_line.add_command(gc)
+command_line.add_command(top)
