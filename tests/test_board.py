@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from shmcast._arena import Arena
+
 DEADLINE_SECONDS = 60.0
 SIZE = 1904
 
@@ -507,11 +509,17 @@ def test_the_last_state_of_a_burst_is_shown(shown: Shown) -> None:
     assert shown.board.readers[0].opened == 0
 
 
+def nobody_watches(arena: Arena) -> bool:
+    """Whether the thread that looks after names has ended, for there are none."""
+    idle = arena._names._idle
+    return not arena.named and idle is not None and not idle.is_alive()
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_lease_that_is_granted_long_after_its_block_was_reserved_is_shown(shown: Shown) -> None:
     """A copy of many bytes takes longer than a board is late."""
     arena = shown.writer._arena
-    until(lambda: not arena._named and arena._idle is not None and not arena._idle.is_alive(), "nobody else listens")
+    until(lambda: nobody_watches(arena), "nobody else listens")
     block = arena.reserve(100, 0.0)
     until(lambda: shown.board.live == 1 and not arena.news._stirred, "the block is on the board")
     arena.grant(block, (), [0], 1)
@@ -521,7 +529,7 @@ def test_a_lease_that_is_granted_long_after_its_block_was_reserved_is_shown(show
 
 def test_an_idle_writer_leaves_its_board_alone(shown: Shown) -> None:
     shown.writer.publish(1)
-    until(lambda: not shown.writer._arena._named and not shown.writer._arena._idle.is_alive(), "no name is left")  # type: ignore[union-attr]
+    until(lambda: nobody_watches(shown.writer._arena), "no name is left")
     until(lambda: not shown.writer._arena.news._stirred, "the last state is written")
     (thread,) = threads()
     assert thread.is_alive()

@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 import torch
 
-from shmcast._held import Lease
 from shmcast._layout import BLOCK, PAGE
 from shmcast._lease import COPY_BELOW
 from shmcast.errors import ArenaFull, ClosedError, ShmcastError, StaleHandle
@@ -35,6 +34,7 @@ from tests.support.codec import bits
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from shmcast._held import Lease
     from tests.support.ranks import Ranks
 
 MIB = 1 << 20
