@@ -79,8 +79,7 @@ Invariants; code and tests cite them by name.
         for OPENED after one: a ticket below it is either not taken back or not read on.
     L10 A reader takes headers in the order of their numbers; a higher number in a slot means that it missed one. Tokens
         in its semaphore are how many it has not taken: they wake it, order the bytes (L6) and hold the writer back.
-    L11 The board is told, not asked: nobody decides by it. It carries its number before and after its bytes, and a
-        checksum over them: one that does not fit is being written, and is read again.
+    L11 Nobody decides by the board. Its number stands before and after its bytes: one that is being written shows.
 """
 
 from __future__ import annotations
@@ -489,17 +488,10 @@ def parse_message(block: Bytes, generation: int) -> Message:
     # begin in the line in which the one before it ends.
     if sum(piece.length for piece in pieces) > sum(lengths) + LINE * n_pieces:
         raise LayoutError(f"{n_pieces} pieces are larger than the blocks that they lie in")
-    if n_blocks > 1:
-        _check_apart(blocks)
-    return Message(skeleton[at + n_pieces * PIECE.size :], blocks, pieces)
-
-
-def _check_apart(blocks: tuple[Descriptor, ...]) -> None:
-    """Raise `LayoutError` where a page would belong to two of the blocks (L2)."""
     places = sorted((block.segment, block.offset, block.offset + round_up(block.length, PAGE)) for block in blocks)
-    for (segment, _, end), (other, offset, _) in pairwise(places):
-        if segment == other and offset < end:
-            raise LayoutError(f"blocks that overlap at {offset} of segment {segment}")
+    if any(segment == other and at < end for (segment, _, end), (other, at, _) in pairwise(places)):
+        raise LayoutError("blocks that overlap: a page would belong to two (L2)")
+    return Message(skeleton[at + n_pieces * PIECE.size :], blocks, pieces)
 
 
 def check_descriptor(where: Descriptor) -> None:

@@ -57,7 +57,9 @@ class News:
         end = finalize(self, self._queue.put, False)
         end.atexit = False
         method: WeakMethod[Any] = WeakMethod(write)
-        threading.Thread(target=_serve, args=(self._queue, method), name="shmcast-board", daemon=True).start()
+        # Where there is no thread to be had, the board stays as it is until `close`.
+        with suppress(RuntimeError):
+            threading.Thread(target=_serve, args=(self._queue, method), name="shmcast-board", daemon=True).start()
 
     def stir(self, reason: str = "", count: int = 0) -> None:
         """There is news. From any thread, a signal handler, a finalizer."""

@@ -90,6 +90,8 @@ def create(name: str, header: SegmentHeader) -> Segment:
         draft = os.open(SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE)
     except FileNotFoundError:
         raise ArenaFull(f"{name}: there is no {SHM}; {header.size} bytes are wanted: mount a tmpfs there") from None
+    except OSError as error:
+        raise refused(error.errno or errno.EIO, SHM + name) from None
     try:
         os.fchmod(draft, MODE)
         fcntl.flock(draft, fcntl.LOCK_SH)

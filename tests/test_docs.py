@@ -134,7 +134,7 @@ def test_every_fallback_reason_is_in_the_failure_modes() -> None:
 
 
 def test_every_check_and_verdict_is_in_the_operations() -> None:
-    page = (DOCS / "operations.md").read_text()
+    page, _, _ = (DOCS / "operations.md").read_text().partition("## shmcast top")
     rows = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
     verdicts = {verdict.value for verdict in Verdict}
     assert [row for row in rows if row not in verdicts] == [*CHECKS, "ranks"]

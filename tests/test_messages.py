@@ -303,7 +303,7 @@ CASES: list[tuple[Callable[[Stage], None], type[Exception], list[str]]] = [
     (wide_open, LayoutError, ["-c belongs to uid", "mode 644", f"uid {os.geteuid()} and mode 600", "as one user"]),
     (cut, LayoutError, ["-0 has 8192 bytes", "says 4194304", "damaged, make a new writer"]),
     (no_file, LayoutError, ["-c is not a regular file", f"uid {os.geteuid()}", "remove it"]),
-    (taken_name, FileExistsError, [f"-{RANK}-c: ", "somebody took it", "make a new writer"]),
+    (taken_name, FileExistsError, [f"-{RANK}-c'", "somebody took it", "make a new writer"]),
     (key_twice, ValueError, ["in the batch twice", "'a'", "two batches"]),
     (taken_twice, UnknownRequest, ["'a' was taken already"]),
     (never_submitted, UnknownRequest, ["no request 'a' was submitted"]),
