@@ -42,9 +42,9 @@ from tests.test_broadcaster import (
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.faults]
 
-HOLDS = Policy(wait=0.02)
-SENDS = Policy(wait=0.02, peers_hold_raw=False)
-AGREE = Policy(wait=0.02, agree=True)
+HOLDS = Policy(wait=0.2)
+SENDS = Policy(wait=0.2, peers_hold_raw=False)
+AGREE = Policy(wait=0.2, agree=True)
 POLICIES = {"holds": HOLDS, "sends": SENDS, "agree": AGREE}
 # The ranks of most tests: 0 is the entry rank, 1 the one where something fails, 2 a bystander.
 ENTRY, VICTIM, OTHER = range(3)
