@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 MODE: Final = 0o600
 
 
-def open_memory(name: str, flags: int = 0) -> int:
-    """A descriptor of the segment `name`; with `O_CREX` of a new one, empty."""
-    with _refusals(SHM + name, flags):
-        # Any other size would truncate a segment that exists.
-        return int(posix_ipc.SharedMemory(name, flags=flags, mode=MODE, size=0).fd)
+def open_memory(name: str) -> int:
+    """A descriptor of the segment `name`."""
+    with _refusals(SHM + name):
+        # Any other size would truncate it.
+        return int(posix_ipc.SharedMemory(name, size=0).fd)
 
 
 def open_semaphore(name: str) -> posix_ipc.Semaphore:

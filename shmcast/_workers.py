@@ -202,7 +202,29 @@ class Shared(Plane):
         return self._end.materialize_batch(raws, work.run, weights=weights, deliver=deliver)
 
 
-class Worker:
+class _Served(ABC):
+    """What one thread works for, from `_start` on."""
+
+    def _start(self, name: str) -> None:
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        _threads.start(self._thread)
+
+    @property
+    def thread(self) -> int | None:
+        """What `threading.get_ident` is in the thread."""
+        return self._thread.ident
+
+    def join(self, deadline: float) -> None:
+        """Wait for the thread to end, until `deadline` of the monotonic clock."""
+        if threading.get_ident() != self.thread:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    @abstractmethod
+    def _serve(self) -> None:
+        """What the thread runs."""
+
+
+class Worker(_Served):
     """One thread, and the planes through which it takes each batch."""
 
     def __init__(self, planes: Sequence[Plane], name: str, work: Work) -> None:
@@ -212,13 +234,7 @@ class Worker:
         self._owed = 0
         self._counting = threading.Lock()
         self._last = 0
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        _threads.start(self._thread)
-
-    @property
-    def thread(self) -> int | None:
-        """What `threading.get_ident` is in the thread."""
-        return self._thread.ident
+        self._start(name)
 
     def put(self, batch: Batch) -> None:
         """Have a batch taken, on this thread where that takes no time; one that it was given before does nothing."""
@@ -234,11 +250,6 @@ class Worker:
         """No batch comes after those that were put."""
         self._batches.put(None)
 
-    def join(self, deadline: float) -> None:
-        """Wait for the thread to end, until `deadline` of the monotonic clock."""
-        if threading.get_ident() != self.thread:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
-
     def _serve(self) -> None:
         while (batch := self._batches.get()) is not None:
             for plane in self._planes:
@@ -252,7 +263,7 @@ class Worker:
                 self._owed -= 1
 
 
-class Steward:
+class Steward(_Served):
     """Follows one plane: who waits for a request takes its header himself; a thread sees to it that somebody does.
 
     Waking a thread for each header would cost more than most headers do. The thread sleeps while nothing is expected,
@@ -269,13 +280,7 @@ class Steward:
         self._asleep = False
         self._ending = False
         self._last = 0
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        _threads.start(self._thread)
-
-    @property
-    def thread(self) -> int | None:
-        """What `threading.get_ident` is in the thread."""
-        return self._thread.ident
+        self._start(name)
 
     def put(self, batch: Batch) -> None:
         """Expect a batch; one that it was given before does nothing."""
@@ -307,11 +312,6 @@ class Steward:
         """No batch comes after those that were put."""
         self._ending = True
         self._rouse.put(None)
-
-    def join(self, deadline: float) -> None:
-        """Wait for the thread to end, until `deadline` of the monotonic clock."""
-        if threading.get_ident() != self.thread:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _serve(self) -> None:
         while not self._ending:
