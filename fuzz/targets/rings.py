@@ -10,6 +10,7 @@ import zlib
 import posix_ipc
 
 from fuzz._answers import ask, require
+from fuzz._memory import MemoryFile
 from fuzz._target import SEAL, Target, fields_of
 from shmcast._headers import HeaderReader
 from shmcast._layout import ENTRY, PAGE, RING_HEAD, SLOT, Entry, EntryKind, pack_slot
@@ -88,24 +89,15 @@ def slot_seeds() -> list[bytes]:
     return [*found, found[0][:400].ljust(2 + SLOTS * SLOT.size, b"\0"), bytes([SEAL, 0]) + bytes(SLOTS * SLOT.size)]
 
 
-class _File:
+class _File(MemoryFile):
     """One file in memory that plays a control segment."""
-
-    def __init__(self) -> None:
-        self.fd = -1
 
     def show(self, raw: bytes) -> int:
         """The descriptor of a file of these bytes."""
-        if self.fd < 0:
-            self.fd = os.memfd_create("slots")
+        self.open()
         if len(raw) != os.pwrite(self.fd, raw, 0) or os.fstat(self.fd).st_size != len(raw):
             os.ftruncate(self.fd, len(raw))
         return self.fd
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
 
 
 _file = _File()

@@ -6,6 +6,7 @@ import os
 import struct
 
 from fuzz._answers import ask, require
+from fuzz._memory import MemoryFile
 from fuzz._target import Target, fields_of
 from shmcast import _named, _segment
 from shmcast._layout import (
@@ -68,17 +69,12 @@ def check_segment(data: bytes) -> str:
     return "parsed"
 
 
-class _File:
+class _File(MemoryFile):
     """One file in memory that plays the segment of another process."""
-
-    def __init__(self) -> None:
-        self.fd = -1
 
     def show(self, raw: bytes, as_claimed: bool) -> int:
         """The descriptor of a file that starts with `raw`."""
-        if self.fd < 0:
-            self.fd = os.memfd_create("segment")
-            os.fchmod(self.fd, _named.MODE)
+        self.open(_named.MODE)
         size = control_size(READERS, ENTRIES)
         if as_claimed and len(raw) >= 48:
             (claimed,) = struct.unpack_from("<Q", raw, 40)
@@ -87,11 +83,6 @@ class _File:
         os.ftruncate(self.fd, size)
         os.pwrite(self.fd, raw[:size], 0)
         return self.fd
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
 
 
 _file = _File()
