@@ -27,9 +27,10 @@ from shmcast._wire import Reason
 from shmcast.errors import LayoutError
 from shmcast.metrics import Counters
 from shmcast.transport import Reader, Writer
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from shmcast._arena import Arena
@@ -70,15 +71,6 @@ BOARD = Board(
     fallbacks={"full": 7, "held": 2},
     readers=(Row(3, 1, 500, 9), Row(0, 0, 0, 2**40)),
 )
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Poll until `condition()` holds; only a bug makes the deadline pass."""
-    deadline, never = time.monotonic() + DEADLINE_SECONDS, threading.Event()
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"still not so after {DEADLINE_SECONDS:g} s: {what}")
-        never.wait(0.001)
 
 
 def put(raw: bytearray, **values: int) -> bytearray:

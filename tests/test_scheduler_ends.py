@@ -401,8 +401,8 @@ def test_small_batches_run_here_without_a_header(ranks: Ranks, control: str) -> 
     assert ranks.run(2, below, control) == [[[], 0, [1], 2, 4, 1], [[], 0, [1], 2, 0, 1]]
 
 
-def hashed(rank: int, known: bool) -> int:
-    """Inputs of 1 MiB, with their hash or without; how many requests went by `local` among the last."""
+def hashed(rank: int) -> int:
+    """Inputs of 1 MiB with their hash; how many requests went by `local` among the last."""
     count = COLD + ENOUGH + 12
     ran: list[object] = []
 
@@ -413,11 +413,10 @@ def hashed(rank: int, known: bool) -> int:
     with SchedulerBackend(fn=fn) as group:
         for key in range(count):
             item = MultimodalDataItem(Modality.IMAGE, feature=torch.full((1 << 20,), key, dtype=torch.uint8))
-            if known:
-                item.hash = 7 + key
+            item.hash = 7 + key
             group.submit([(key, {"mm_items": [item]})])
             got = group.take(key)
-            assert not known or got.mm_items[0].hash == 7 + key
+            assert got.mm_items[0].hash == 7 + key
             assert (got.mm_items[0].feature == key).all()
         dist.barrier()
         if rank:
@@ -428,6 +427,6 @@ def hashed(rank: int, known: bool) -> int:
 
 
 def test_auto_runs_fn_everywhere_where_the_hash_is_known(ranks: Ranks) -> None:
-    entry, other = ranks.run(2, hashed, True)
+    entry, other = ranks.run(2, hashed)
     # Once it knows that fn takes next to nothing, the other rank does not wait for what the header says.
     assert other >= entry >= 10

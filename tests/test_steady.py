@@ -8,8 +8,6 @@ import re
 import resource
 import socket
 import tempfile
-import threading
-import time
 from collections import deque
 from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from shmcast._layout import PAGE
 from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,15 +53,6 @@ class Usage(NamedTuple):
             sum(address.token.hex() in name for name in os.listdir("/dev/shm")),
             segment_bytes,
         )
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Poll until `condition()` holds; only a bug makes the deadline pass."""
-    deadline, never = time.monotonic() + DEADLINE_SECONDS, threading.Event()
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"still not so after {DEADLINE_SECONDS:g} s: {what}")
-        never.wait(0.001)
 
 
 @contextlib.contextmanager

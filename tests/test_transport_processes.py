@@ -8,7 +8,6 @@ import random
 import signal
 import socket
 import tempfile
-import threading
 import time
 from collections import deque
 from multiprocessing.connection import Client, Connection
@@ -23,6 +22,7 @@ from shmcast.errors import ArenaFull, PeerDied, ShmcastError, StaleHandle
 from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
 from tests.support.ranks import Died
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,15 +37,6 @@ BIG = 1 << 17
 DEADLINE_SECONDS = 60.0
 AT_ONCE = Policy(wait=0)
 PATIENT = Policy(wait=DEADLINE_SECONDS)
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Poll until `condition()` holds; only a bug makes the deadline pass."""
-    deadline, never = time.monotonic() + DEADLINE_SECONDS, threading.Event()
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"still not so after {DEADLINE_SECONDS:g} s: {what}")
-        never.wait(0.001)
 
 
 def names_of(address: Address) -> list[str]:
