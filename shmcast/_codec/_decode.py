@@ -124,7 +124,7 @@ class _Rebuilder:
         dtype = torch_dtype(self.dtype_name())
         base, offset = self.piece()
         shape, strides, _ = self.cursor.form(1)
-        return _tensor_over(base, dtype, offset, shape, strides)
+        return tensor_over(base, dtype, offset, shape, strides)
 
     def array(self) -> np.ndarray[Any, Any]:
         dtype = numpy_dtype(self.dtype_name())
@@ -202,7 +202,7 @@ class _Rebuilder:
         dtype = torch_dtype(self.dtype_name())
         (offset,) = self.cursor.take(1)
         shape, strides, _ = self.cursor.form(1)
-        return _tensor_over(self.held().bytes_of(index), dtype, offset, shape, strides)
+        return tensor_over(self.held().bytes_of(index), dtype, offset, shape, strides)
 
     def leaf_array(self) -> np.ndarray[Any, Any]:
         index = self.leaf_index()
@@ -242,7 +242,7 @@ def _record(label: str, allow: Allow) -> ClassRecord:
     return record
 
 
-def _tensor_over(base: torch.Tensor, dtype: torch.dtype, offset: int, shape: Shape, strides: Shape) -> torch.Tensor:
+def tensor_over(base: torch.Tensor, dtype: torch.dtype, offset: int, shape: Shape, strides: Shape) -> torch.Tensor:
     """A tensor of elements of `base` (1-D uint8), `offset` bytes in; never one byte outside."""
     itemsize = dtype.itemsize
     count = check_dims(shape, strides, itemsize)

@@ -16,7 +16,7 @@ from . import _leaves, _table
 from ._classes import Unfit, Values
 from ._geometry import MAX_DIMS, TORCH_NAMES, contiguous_strides, extent, refuse_numpy_dtype
 from ._leaves import LARGE_BYTES, LONG_LIST, Leaves, is_plain
-from ._parts import BUILTINS, Refusal, numpy_parts, refuse_tensor, refuse_type
+from ._parts import BUILTINS, Refusal, numpy_parts, refuse_tensor, refuse_type, tensor_span
 from ._paths import cycle_in, path_to
 from ._pieces import Piece, Span, array_owner, is_sparse, merge, piece_of
 
@@ -207,14 +207,14 @@ class _Flattener(pickle.Pickler):
             entry = [_table.EMPTY]
             self.put_tensor(entry, tensor, ())
             return self.add(tensor, entry)
-        span = _tensor_span(tensor)
+        span = tensor_span(tensor)
         if self.leaves is not None:
             leaf = self.add_leaf_view(self.leaves, tensor, span.low, span)
             if leaf is not None:
                 return leaf
         if span.low % tensor.itemsize:
             aligned = tensor.clone(memory_format=torch.contiguous_format)
-            return self.add_placed(tensor, aligned, _tensor_span(aligned))
+            return self.add_placed(tensor, aligned, tensor_span(aligned))
         return self.add_placed(tensor, tensor, span)
 
     def on_array(self, array: np.ndarray[Any, Any]) -> int:
@@ -368,18 +368,6 @@ _BY_TYPE: dict[type, Callable[[_Flattener, Any], int | None]] = {
     type(NotImplemented): _Flattener.on_stranger,
     pickle.PickleBuffer: _Flattener.on_stranger,
 }
-
-
-def _tensor_span(tensor: torch.Tensor) -> Span:
-    storage = tensor.untyped_storage()
-    low, used = tensor.data_ptr(), tensor.nbytes
-    high = low + used
-    if not tensor.is_contiguous():
-        high = low + (extent(tuple(tensor.shape), tensor.stride())[1] + 1) * tensor.itemsize
-    start = storage.data_ptr()
-    if low < start or high > start + storage.nbytes():
-        raise Refusal(tensor, "its storage has been freed or cut short")
-    return Span(low, high, used, storage._cdata, storage)
 
 
 def _array_span(array: np.ndarray[Any, Any]) -> Span:

@@ -148,7 +148,7 @@ def nbytes_of(raw: object) -> int:
     while pending:
         value = pending.pop()
         kind = type(value)
-        if kind in _ATOMS or id(value) in seen:
+        if kind in ATOMS or id(value) in seen:
             continue
         seen.add(id(value))
         if kind is torch.Tensor or kind is np.ndarray:
@@ -168,7 +168,7 @@ def _find(raw: object) -> Iterator[Any]:
     pending: list[Iterator[Any]] = [iter((raw,))]
     while pending:
         for value in pending[-1]:
-            if type(value) in _ATOMS or id(value) in seen:
+            if type(value) in ATOMS or id(value) in seen:
                 continue
             if _is_leaf(value):
                 seen.add(id(value))
@@ -189,7 +189,7 @@ def _nbytes(leaf: Any) -> int:
     return 0
 
 
-_ATOMS = frozenset((type(None), bool, int, float, str, complex))
+ATOMS = frozenset((type(None), bool, int, float, str, complex))
 
 
 def _is_leaf(value: Any) -> bool:

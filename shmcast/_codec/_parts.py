@@ -11,7 +11,8 @@ from shmcast.errors import EncodeError
 
 from . import _table
 from ._classes import Values, kind_of
-from ._geometry import MAX_DIMS, MAX_RANGE_BITS, is_vast, refuse_numpy_dtype
+from ._geometry import MAX_DIMS, MAX_RANGE_BITS, extent, is_vast, refuse_numpy_dtype
+from ._pieces import Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,3 +92,16 @@ def refuse_tensor(tensor: torch.Tensor) -> str:
     if tensor.dim() > MAX_DIMS:
         return f"a tensor of {tensor.dim()} dims cannot be sent"
     return f"a quantised tensor ({tensor.dtype}) cannot be sent"
+
+
+def tensor_span(tensor: torch.Tensor) -> Span:
+    """The bytes that a tensor with elements reaches; raises `Refusal` where its storage does not have them."""
+    storage = tensor.untyped_storage()
+    low, used = tensor.data_ptr(), tensor.nbytes
+    high = low + used
+    if not tensor.is_contiguous():
+        high = low + (extent(tuple(tensor.shape), tensor.stride())[1] + 1) * tensor.itemsize
+    start = storage.data_ptr()
+    if low < start or high > start + storage.nbytes():
+        raise Refusal(tensor, "its storage has been freed or cut short")
+    return Span(low, high, used, storage._cdata, storage)
