@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shmcast._wire import Handle
     from shmcast.admission import Admission
     from shmcast.broadcaster import Broadcaster
+    from shmcast.device import to_device
     from shmcast.metrics import Stats
     from shmcast.multimodal import Modality, MultimodalDataItem, MultimodalInputs
     from shmcast.policy import Policy, Route
@@ -55,6 +56,7 @@ __all__ = [
     "Stats",
     "UnknownRequest",
     "Writer",
+    "to_device",
 ]
 
 _HOMES = {
@@ -70,6 +72,7 @@ _HOMES = {
     "SchedulerBackend": "scheduler",
     "Stats": "metrics",
     "Writer": "transport",
+    "to_device": "device",
 }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from shmcast._codec import Allow
 from shmcast._layout import NEVER, VERSION
 from shmcast._points import nowhere
+from shmcast._segment import isolation_of
 from shmcast._wire import Address
 from shmcast.errors import LayoutError, ShmcastError
 from shmcast.policy import Policy, Route, read_environment
@@ -84,20 +85,20 @@ class Settings(NamedTuple):
 
     src: int
     capacity: int | None
-    isolation: Isolation
+    isolation: Isolation | None
     control: str
     policy: Policy
     allow: Any  # checked here: an iterable of classes and package names, then a tuple
     timeout: float
     reached: Reached = nowhere
     disabled: bool = False
+    pin: bool = False
 
     def check(self, size: int) -> Settings:
         """These settings with those of the environment, for a group of `size`; `ValueError` and `TypeError` else."""
         if self.control not in ("group", "ring"):
             raise ValueError(f"control={self.control!r}: 'group' or 'ring'")
-        if self.isolation not in ("cow", "guard", "shared"):
-            raise ValueError(f"isolation={self.isolation!r}: cow, guard or shared")
+        isolation_of(self.isolation, pin=self.pin)
         if not 0 <= self.src < size:
             raise ValueError(f"src={self.src}: a rank of the group, 0 to {size - 1}")
         if not isinstance(self.policy, Policy):
@@ -163,6 +164,7 @@ def attach(address: str, rank: int, src: int, settings: Settings) -> Reader:
         rank - (rank > src),
         isolation=settings.isolation,
         allow=settings.allow,
+        pin=settings.pin,
         reached=settings.reached,
     )
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shmcast import _layout, _segment, _threads
+from shmcast._cuda import Pins
 from shmcast._headers import HeaderReader
 from shmcast._held import Hold, Lease, Opened, Place
 from shmcast._layout import (
@@ -68,7 +69,9 @@ _live: WeakSet[Leases] = WeakSet()
 class Leases:
     """Reader `index` of the writer at `address`; safe to use from any thread."""
 
-    def __init__(self, address: Address, index: int, isolation: Isolation, reached: Reached = nowhere) -> None:
+    def __init__(
+        self, address: Address, index: int, isolation: Isolation, reached: Reached = nowhere, *, pin: bool = False
+    ) -> None:
         self._address = address
         self._isolation: Isolation = isolation
         self._reached = reached
@@ -101,6 +104,9 @@ class Leases:
             self._pages = PrivatePages()
             undo.callback(self._pages.close)
             undo.callback(self._drop_segments)
+            self._pins = Pins() if pin else None
+            if self._pins is not None:
+                undo.callback(self._pins.close)
             self._map_new(first=True)
             thread = threading.Thread(target=self._serve, name=f"shmcast-reader-{index}", daemon=True)
             _live.add(self)
@@ -445,6 +451,8 @@ class Leases:
         for segment in new:
             if segment is not None:
                 populate(segment.map, MADV_POPULATE_READ)
+                if self._pins is not None:
+                    self._pins.add(segment.address, segment.header.size)
 
     def _attach(self, number: int, *, first: bool) -> Segment | None:
         expected = SegmentHeader(Kind.ARENA, self._address.token, self._address.rank, number, 0)

@@ -34,6 +34,23 @@ _maps: WeakKeyDictionary[mmap.mmap, tuple[int, int]] = WeakKeyDictionary()  # ma
 _segments: WeakSet[Segment] = WeakSet()
 
 
+def isolation_of(isolation: Isolation | None, *, pin: bool) -> Isolation:
+    """What these two arguments of a reader ask for together; `ValueError` where there is no such thing."""
+    if isolation not in (None, "cow", "guard", "shared"):
+        raise ValueError(f"isolation={isolation!r}: cow, guard or shared")
+    if pin and isolation == "cow":
+        raise ValueError(
+            "pin=True with isolation='cow': registering takes a private copy of a copy-on-write map, which then never "
+            "shows what the writer writes; leave isolation out, or ask for 'shared'"
+        )
+    if pin and isolation == "guard":
+        raise ValueError(
+            "pin=True with isolation='guard': CUDA registers no map that cannot be written to; leave isolation out, or "
+            "ask for 'shared'"
+        )
+    return isolation or ("shared" if pin else "cow")
+
+
 class Segment:
     """A mapped segment: its checked header, one mapping for good, one descriptor that holds the shared `flock`.
 

@@ -61,7 +61,8 @@ class Broadcaster:
             A group of one, or no torch.distributed: no shared memory, no collective, `fn` runs here.
         src: the entry rank, a rank of the group (not a global one).
         capacity: the most bytes of shared memory; default `SHMCAST_CAPACITY`, else as for `Writer`.
-        isolation: as for `Reader`; may differ between ranks.
+        isolation, pin: as for `Reader`; may differ between ranks. On the entry rank they mean nothing: its objects are
+            its own.
         control: `group`: headers are broadcast over the group. `ring`: they go through shared memory, several times
             sooner; nothing travels inline then, no rank can agree, and a rank that misses a header runs `fn` itself.
             A rank that stays a whole ring (1024 headers) behind loses what it had not opened, handles of `share` too.
@@ -82,7 +83,8 @@ class Broadcaster:
         *,
         src: int = 0,
         capacity: int | None = None,
-        isolation: Isolation = "cow",
+        isolation: Isolation | None = None,
+        pin: bool = False,
         control: str = "group",
         policy: Policy | None = None,
         allow: Iterable[type | str] = (),
@@ -99,7 +101,7 @@ class Broadcaster:
         self._local = False
         self._why = "a group of one needs no shared memory"
         policy = Policy() if policy is None else policy
-        settings = Settings(src, capacity, isolation, control, policy, allow, timeout, reached)
+        settings = Settings(src, capacity, isolation, control, policy, allow, timeout, reached, pin=pin)
         cpu = cpu_group(group)
         if cpu is None:
             settings.check(1)

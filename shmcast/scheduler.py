@@ -70,7 +70,7 @@ class SchedulerBackend:
             the same ranks, by one thread.
         capacity: the most bytes of shared memory of each rank that materializes; default `SHMCAST_CAPACITY`, else a
             quarter of what is free, at most 2 GiB, divided among them.
-        isolation: as for `Reader`; may differ between ranks.
+        isolation, pin: as for `Reader`; may differ between ranks. They mean nothing for what this rank makes itself.
         policy: how messages travel. Needs `peers_hold_raw`, and no `agree`: `fn` is run again on any rank. The routes
             `inline` and `pickle`, and `inline_max`, need `control="group"` and `placement="entry"`.
         allow: classes, or names of packages, whose instances may travel; `shmcast.multimodal` always may.
@@ -96,7 +96,8 @@ class SchedulerBackend:
         placement: Literal["entry", "spread"] = "entry",
         control: Literal["ring", "group"] = "ring",
         capacity: int | None = None,
-        isolation: Isolation = "cow",
+        isolation: Isolation | None = None,
+        pin: bool = False,
         policy: Policy | None = None,
         allow: Iterable[type | str] = (),
         timeout: float = DEFAULT_TIMEOUT,
@@ -120,7 +121,7 @@ class SchedulerBackend:
         cpu = cpu_group(group)
         size = 1 if cpu is None else dist.get_world_size(cpu)
         try:
-            settings = Settings(src, capacity, isolation, control, policy or Policy(), allow, timeout, reached)
+            settings = Settings(src, capacity, isolation, control, policy or Policy(), allow, timeout, reached, pin=pin)
             settings = self._check(settings, size, max_pending, max_pending_bytes)
         except Exception as error:
             settings = error

@@ -28,6 +28,7 @@ from shmcast._contents import Contents, Found, Fresh
 from shmcast._layout import BLOCK, MAX_READERS, MAX_TICKETS, BlockKind, Message, parse_message, plan_message
 from shmcast._lease import Leases
 from shmcast._points import Point, nowhere
+from shmcast._segment import isolation_of
 from shmcast._wire import Reason
 from shmcast.errors import ArenaFull, EncodeError, LayoutError, ShmcastError, StaleHandle, closed_error
 from shmcast.metrics import Counters, ReaderLeases, Stats
@@ -307,8 +308,11 @@ class Reader:
         address: the writer's.
         index: this reader's number, below the writer's `readers`; an index is used once, ever.
         isolation: `cow`: tensors are writable, writes stay in this process. `guard`: a write is a SIGSEGV (debugging).
-            `shared`: a write changes the message for everybody, at the user's risk.
+            `shared`: a write changes the message for everybody, at the user's risk. Default `cow`; `shared` with `pin`.
         allow: as the writer's.
+        pin: register every segment with CUDA, once, on the device that is current now, so that copies from its tensors
+            overlap with other work (`to_device`), and `is_pinned()` says so. Tensors under 64 KiB are copies, and not
+            pinned. Starts CUDA in this process. Where it cannot: one warning, and tensors that are not pinned.
         reached: as the writer's.
 
     Raises:
@@ -316,6 +320,7 @@ class Reader:
         StaleHandle: the index is taken.
         LayoutError: the segments are not what they claim.
         OSError: the system refuses to map them.
+        ValueError: no such index or isolation, or `pin` with an isolation other than `shared`.
     """
 
     def __init__(
@@ -323,15 +328,15 @@ class Reader:
         address: Address,
         index: int,
         *,
-        isolation: Isolation = "cow",
+        isolation: Isolation | None = None,
         allow: Iterable[type | str] = (),
+        pin: bool = False,
         reached: Reached = nowhere,
     ) -> None:
-        if isolation not in ("cow", "guard", "shared"):
-            raise ValueError(f"isolation={isolation!r}: cow, guard or shared")
+        isolation = isolation_of(isolation, pin=pin)
         self._allow = Allow(tuple(allow))
         self._counters = Counters()
-        self._leases = Leases(address, index, isolation, reached)
+        self._leases = Leases(address, index, isolation, reached, pin=pin)
 
     def open(self, handle: Handle) -> object:
         """The object behind `handle`, its tensors mapped; those under 64 KiB are copies and pin nothing.

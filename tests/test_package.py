@@ -40,6 +40,7 @@ NAMES = {
     "Stats",
     "UnknownRequest",
     "Writer",
+    "to_device",
 }
 LIGHT = [
     "_blocks",
