@@ -108,3 +108,22 @@ def test_wrong_bytes_end_it(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> 
     done = bench("--only", bench_h2d.PAGEABLE)
     assert done.exit_code == 1
     assert "the device has other bytes" in done.output
+
+
+@pytest.mark.parametrize(
+    ("to_pinned", "to_pageable", "passed"),
+    [(0.95, 1.5, [True, True]), (0.94, 9.0, [False, True]), (1.0, 1.49, [True, False])],
+)
+def test_the_bounds_are_passed_or_missed(
+    monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, to_pinned: float, to_pageable: float, passed: list[bool]
+) -> None:
+    def rows_of(*args: object) -> Iterator[dict[str, Any]]:
+        for row in measured(*args):
+            yield {**row, "to_pinned": to_pinned, "to_pageable": to_pageable}
+
+    measured: Any = bench_h2d.rows_of
+    monkeypatch.setattr(bench_h2d, "rows_of", rows_of)
+    done = bench()
+    verdicts = [line.split()[0] for line in done.output.splitlines() if "times the bandwidth" in line]
+    assert verdicts == ["passed" if one else "missed" for one in passed]
+    assert done.exit_code == (not all(passed))

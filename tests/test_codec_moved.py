@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shmcast._codec import map_tensors, runs_of, tensor_over
+from shmcast._codec import _moved, map_tensors, runs_of, tensor_over
 from shmcast.errors import EncodeError
 from shmcast.multimodal import Modality, MultimodalDataItem, MultimodalInputs
 from tests.support.codec import same
@@ -96,13 +96,11 @@ def test_what_is_there_twice_is_there_twice_after() -> None:
     assert found["c"] is found["a"][0]
 
 
-def test_attributes_of_many_instances_are_not_mixed_up() -> None:
-    # Each take makes dicts of its own; an address that is used again must not stand for another one's.
-    structs = [Struct(feature=n) for n in range(200)]
-    for number, struct in enumerate(structs):
-        struct.mine = torch.tensor(number)  # type: ignore[attr-defined]
-    found: Any = map_tensors(structs, lambda tensor: tensor + 1000)
-    assert [int(struct.mine) for struct in found] == list(range(1000, 1200))
+def test_what_is_gone_does_not_stand_for_what_has_its_address_now() -> None:
+    # As the attributes beside the fields of an instance, which are a dict only while it is taken apart.
+    mapper = _moved._Mapper(lambda tensor: tensor + 1000)
+    found: list[Any] = [mapper.map({"mine": torch.tensor(number)}) for number in range(200)]
+    assert [int(one["mine"]) for one in found] == list(range(1000, 1200))
 
 
 def test_a_hash_that_was_not_read_stays_unread() -> None:
