@@ -98,6 +98,15 @@ def test_post_init_of_a_struct_does_not_run() -> None:
     assert type(back) is kinds.Struct
 
 
+def test_a_struct_that_takes_any_name_is_of_its_own_class() -> None:
+    obj = kinds.TakingStruct(feature=1)
+    obj.feature = "post"
+    obj.later = 2
+    back = round_trip(obj, kinds.ALL)
+    assert type(back) is kinds.TakingStruct
+    assert (back.feature, back.others, back.__dict__) == ("post", {"later": 2}, {})
+
+
 def test_a_struct_that_watches_its_subclasses_gets_none() -> None:
     back = round_trip(kinds.WatchingStruct(0), kinds.ALL)
     assert type(back) is kinds.WatchingStruct

@@ -280,10 +280,11 @@ def _struct_maker(cls: type) -> Callable[[dict[str, Any]], Any]:
         return lambda fields: cls(**fields)
     namespace = {"__post_init__": lambda self: None, "__module__": cls.__module__}
     shadow: Any = type(cls)(cls.__name__, (cls,), namespace, frozen=False)
+    set_class = vars(object)["__class__"].__set__  # past a `__setattr__` of the class, which may take any name
 
     def make(fields: dict[str, Any]) -> Any:
         obj = shadow(**fields)
-        obj.__class__ = cls
+        set_class(obj, cls)
         return obj
 
     return make

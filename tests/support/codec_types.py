@@ -145,6 +145,23 @@ class FrozenStruct(msgspec.Struct, frozen=True, gc=False):
             raise RuntimeError("__post_init__ ran")
 
 
+class TakingStruct(msgspec.Struct, dict=True, kw_only=True, array_like=True):
+    """Takes names that are no fields into one of them, as SGLang's items do."""
+
+    feature: Any
+    others: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.feature == "post":
+            raise RuntimeError("__post_init__ ran")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__struct_fields__:
+            msgspec.Struct.__setattr__(self, name, value)
+        else:
+            self.others[name] = value
+
+
 class BareStruct(msgspec.Struct):
     only: Any
 
@@ -184,6 +201,7 @@ ALL: tuple[type, ...] = (
     PlainSlots,
     Struct,
     FrozenStruct,
+    TakingStruct,
     BareStruct,
     WatchingStruct,
 )
