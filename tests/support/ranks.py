@@ -32,6 +32,7 @@ START_SECONDS = 90.0
 GRACE_SECONDS = 3.0
 END_SECONDS = 15.0
 LOG_LINES = 60
+PRELOAD = ("torch", "torch.distributed", "shmcast.scheduler", "shmcast.admission")
 
 
 class RanksFailed(AssertionError):
@@ -54,14 +55,14 @@ class Ranks:
     """Processes that are ready to be ranks, started when first needed and replaced after they died or failed.
 
     Not for several threads at once. With `kept` the look for leftovers takes these processes for granted. With `forked`
-    they are forks of a process that has imported torch, which takes milliseconds: for tests that kill many.
+    they are forks of a process that has imported `preload`, which takes milliseconds: for tests that kill many.
     """
 
-    def __init__(self, *, kept: bool = False, forked: bool = False) -> None:
+    def __init__(self, *, kept: bool = False, forked: bool = False, preload: Sequence[str] = PRELOAD) -> None:
         self._kept = kept
         self._forked = forked
         if forked:
-            _start_forkserver()
+            _start_forkserver(preload)
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._started = 0
         self._rounds = 0
@@ -319,10 +320,10 @@ class _Process:
         return self._log.stat().st_size if self._log.exists() else 0
 
 
-def _start_forkserver() -> None:
+def _start_forkserver(preload: Sequence[str]) -> None:
     """The process that `forked` ranks are forks of; it ends with this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "shmcast.scheduler", "shmcast.admission"])
+    context.set_forkserver_preload(list(preload))
     with keeping_fds():
         forkserver.ensure_running()
     keep_process(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]

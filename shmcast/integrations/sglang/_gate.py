@@ -1,0 +1,166 @@
+"""The gate in front of the entry rank's socket: requests with inputs wait there until these are in shared memory.
+
+    socket -> Gate -> held: a worker makes and publishes -> Ticket in the request -> SGLang's own broadcast
+
+SGLang reads requests through it as it would from the socket. Text goes straight through; what is held comes out when
+it is ready, requests of one session in their order; an abort lets what it names out first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import zmq
+
+from shmcast._sent import describe
+from shmcast._wire import Handle
+from shmcast.integrations.sglang._tickets import Failure, Ticket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from shmcast.admission import Admission, Outcome
+    from shmcast.integrations.sglang._release import Release
+
+log = logging.getLogger("shmcast")
+
+
+@dataclass(frozen=True)
+class _Held:
+    request: Any
+    session: Hashable
+
+
+class Gate:
+    """Stands in for `recv_from_tokenizer`. For the scheduler's thread alone.
+
+    Args:
+        receive: one request from the socket; `zmq.Again` where there is none.
+        admission: its `fn` takes the list of a request's raw inputs, None for each part that has none.
+        release: of SGLang.
+    """
+
+    def __init__(self, receive: Callable[[int], Any], admission: Admission, release: Release) -> None:
+        self._receive = receive
+        self.admission = admission
+        self._release = release
+        self._keys = count()
+        self._held: dict[int, _Held] = {}
+        self._sessions: Counter[Hashable] = Counter()
+        self._out: deque[Any] = deque()
+        self._complained = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a request is held, or out and not yet received: the scheduler must not sleep on its sockets."""
+        return bool(self._held or self._out)
+
+    def recv_pyobj(self, flags: int = 0) -> Any:
+        """The next request that can go on; raises `zmq.Again` where none can, whatever the flags."""
+        self._let_out()
+        while not self._out:
+            self._take_in(self._receive(flags | zmq.NOBLOCK))
+        return self._out.popleft()
+
+    def close(self) -> None:
+        """Hold no more. What is held is lost, as what lies in the socket is."""
+        self.admission.close()
+
+    def _take_in(self, request: Any) -> None:
+        if isinstance(request, self._release.abort):
+            self._let_out_aborted(request)
+        session = self._session_of(request)
+        try:
+            raws = self._raws(request)
+            if raws is not None or self._sessions[session]:
+                self._hold(request, raws, session)
+                return
+        except Exception as error:
+            if not self._complained:
+                self._complained = True
+                log.warning("requests like this are not held, they go on as they came: %s", describe(error))
+        self._out.append(request)
+
+    def _hold(self, request: Any, raws: list[Any] | None, session: Hashable) -> None:
+        key = next(self._keys)
+        self.admission.hold(key, raws, session=session)
+        self._held[key] = _Held(request, session)
+        if session is not None:
+            self._sessions[session] += 1
+
+    def _raws(self, request: Any) -> list[Any] | None:
+        """The raw inputs of each part of a request; None: it has none, or none that can be held."""
+        parts = self._release.parts(request)
+        if all(self._release.raw_of(part) is None for part in parts):
+            return None
+        self._release.unwrap(request)
+        raws = [self._release.raw_of(part) for part in parts]
+        return raws if all(raw is None or self._release.can_hold(raw) for raw in raws) else None
+
+    def _let_out(self) -> None:
+        """Move what is ready from the admission to the scheduler."""
+        if not self._held:
+            return
+        for key, outcome in self.admission.ready():
+            request = self._forget(key)
+            self._hand(request, outcome)
+            self._out.append(request)
+
+    def _let_out_aborted(self, abort: Any) -> None:
+        """What an abort names goes on before it, without inputs: the scheduler ends it as it ends any that waits."""
+        for key, held in list(self._held.items()):
+            rids = [part.rid for part in self._release.parts(held.request)]
+            named = [abort.abort_all or rid.startswith(abort.rid) for rid in rids]
+            if not any(named) or not self.admission.abort(key):
+                continue
+            if all(named):
+                for part in self._release.parts(held.request):
+                    self._release.set_raw(part, None)
+            self._out.append(self._forget(key))
+
+    def _forget(self, key: int) -> Any:
+        held = self._held.pop(key)
+        if held.session is not None:
+            self._sessions[held.session] -= 1
+            if not self._sessions[held.session]:
+                del self._sessions[held.session]
+        return held.request
+
+    def _hand(self, request: Any, outcome: Outcome) -> None:
+        """Put what became of a request's inputs into it. Without a handle it keeps the raw ones, as in stock."""
+        if not isinstance(outcome, Handle):
+            return
+        for number, part in enumerate(self._release.parts(request)):
+            raw = self._release.raw_of(part)
+            if raw is not None:
+                self._release.set_raw(part, Ticket(bytes(outcome), number, raw))
+
+    def _session_of(self, request: Any) -> Hashable:
+        """The session whose order a request keeps; None: it has none."""
+        params = getattr(request, "session_params", None)
+        session: Hashable = None
+        if params is not None:
+            session = params.id
+        elif self._release.parts(request) or isinstance(request, self._release.close_session):
+            session = getattr(request, "session_id", None)
+        return session
+
+
+def maker_of_all(release: Release, make: Callable[[Any], Any]) -> Callable[[list[Any]], list[Any]]:
+    """What an `Admission` runs: all parts of a request, each made, or, where SGLang knows such errors, its failure."""
+
+    def attempt(raw: Any) -> Any:
+        if raw is None:
+            return None
+        try:
+            return make(raw)
+        except Exception as error:
+            if not release.request_errors:
+                raise
+            return Failure(f"Multimodal input processing failed on the TP entry rank: {describe(error)}")
+
+    return lambda raws: [attempt(raw) for raw in raws]

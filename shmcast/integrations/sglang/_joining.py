@@ -1,0 +1,153 @@
+"""Who shares a replica's requests, and the memory between them. Collective: every rank of SGLang's world calls it.
+
+    all ranks: place, settings, what does not fit -> the entry rank of each replica: a Writer, its address -> all: a
+    Reader, or what went wrong
+
+Three exchanges over the world's CPU group, on every rank and whatever it finds: nobody waits for one that gave up, and
+all ranks of a replica come to the same end.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.distributed as dist
+
+from shmcast._sent import describe
+from shmcast._wire import Address
+from shmcast.integrations.sglang._release import Place, place_of, world_group
+from shmcast.integrations.sglang._tickets import Failure
+from shmcast.policy import Policy
+from shmcast.transport import Reader, Writer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from shmcast.integrations.sglang._settings import Settings
+
+ALLOW: tuple[type | str, ...] = ("sglang", Failure)
+
+
+class Shared(NamedTuple):
+    """One rank's ends of a replica's memory.
+
+    `writer`: on its entry rank. `reader`: on every rank. `stage`: this pipeline stage's ranks of it, None where there
+    is one. `entry`: the global rank of the first of these.
+    """
+
+    place: Place
+    ranks: int
+    writer: Writer | None
+    reader: Reader
+    stage: ProcessGroup | None
+    entry: int
+
+    def close(self) -> None:
+        self.reader.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.stage is not None:
+            dist.destroy_process_group(self.stage)
+
+
+class Apart(NamedTuple):
+    """Why a replica's ranks share nothing: the same text on all of them."""
+
+    place: Place
+    why: str
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What one rank says in an exchange."""
+
+    place: Place
+    settings: Settings
+    trouble: str
+    address: bytes = b""
+
+
+def share(scheduler: Any, settings: Settings) -> Shared | Apart:
+    """Make this rank's ends. Every rank of the world, at the same point."""
+    group = world_group(scheduler)
+    rank = dist.get_rank(group)
+    place = place_of(scheduler)
+    mine = _Said(place, settings, unfit(scheduler, settings))
+    writer: Writer | None = None
+    reader: Reader | None = None
+
+    said = _exchange(group, mine)
+    replica = [other for other in range(len(said)) if said[other].place.replica == place.replica]
+    replica.sort(key=lambda other: (said[other].place.stage, said[other].place.attn_cp, said[other].place.attn_tp))
+    why = _trouble(said, replica)
+
+    if not why and place.receives:
+        try:
+            policy = Policy(wait=settings.wait)
+            writer = Writer(len(replica), capacity=settings.capacity, allow=ALLOW, policy=policy, rank=rank)
+            mine = replace(mine, address=bytes(writer.address))
+        except Exception as error:
+            mine = replace(mine, trouble=describe(error))
+    said = _exchange(group, mine)
+    why = why or _trouble(said, replica)
+
+    if not why:
+        try:
+            reader = Reader(Address.parse(said[replica[0]].address), replica.index(rank), allow=ALLOW)
+        except Exception as error:
+            mine = replace(mine, trouble=describe(error))
+    said = _exchange(group, mine)
+    why = why or _trouble(said, replica)
+
+    if why or reader is None:
+        for end in (reader, writer):
+            if end is not None:
+                end.close()
+        return Apart(place, why)
+    ranks = [dist.get_global_rank(group, other) for other in replica if said[other].place.stage == place.stage]
+    stage = None
+    if len(ranks) > 1:
+        # With its members only: each rank of the world makes exactly one, and waits for no other stage's.
+        stage = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return Shared(place, len(replica), writer, reader, stage, ranks[0])
+
+
+def unfit(scheduler: Any, settings: Settings) -> str:
+    """Why this server cannot hold requests, or nothing."""
+    args = scheduler.server_args
+    if not settings.admission:
+        return "SHMCAST_SGLANG_ADMISSION=0"
+    if getattr(args, "nnodes", 1) > 1:
+        return f"--nnodes {args.nnodes}: shared memory ends with the machine"
+    if getattr(args, "language_only", False):
+        return "--language-only: inputs come from encoders, not from the tokenizer"
+    if getattr(args, "mm_feature_transport", None) == "cuda_vmm":
+        return "--mm-feature-transport cuda_vmm: features do not pass through this machine's memory"
+    if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true", "yes"):
+        return "SGLANG_RUST_SERVER=1: requests come through no socket"
+    if os.environ.get("SGLANG_MM_BUFFER_SIZE_MB", "0") not in ("", "0"):
+        return "SGLANG_MM_BUFFER_SIZE_MB: one GPU buffer for all requests, which two threads cannot fill"
+    return ""
+
+
+def _exchange(group: ProcessGroup, mine: _Said) -> list[_Said]:
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, mine, group=group)
+    return said
+
+
+def _trouble(said: list[_Said], replica: list[int]) -> str:
+    """What keeps this replica's ranks apart; the same text on each of them."""
+    first = said[replica[0]]
+    if len(replica) == 1:
+        return "one rank has nobody to share with"
+    if not first.place.receives:
+        return f"rank {replica[0]} should be the entry rank of its replica, and stands at {first.place}"
+    for rank in replica:
+        if said[rank].trouble:
+            return f"rank {rank}: {said[rank].trouble}"
+        if said[rank].settings != first.settings:
+            return f"rank {rank} has other settings than rank {replica[0]}: {said[rank].settings}, {first.settings}"
+    return ""

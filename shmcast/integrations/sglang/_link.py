@@ -1,0 +1,235 @@
+"""What shmcast puts into one scheduler: the gate, the settling of tickets, the flag path. `close` takes it out again.
+
+Everything is put on the scheduler object itself, where an attribute hides the method of its class.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from shmcast._sent import describe
+from shmcast._wire import Handle
+from shmcast.admission import Admission
+from shmcast.broadcaster import Broadcaster
+from shmcast.errors import MaterializeError
+from shmcast.integrations.sglang._gate import Gate, maker_of_all
+from shmcast.integrations.sglang._joining import ALLOW, Shared, share
+from shmcast.integrations.sglang._release import flag_group, receive_with
+from shmcast.integrations.sglang._tickets import Failure, Ticket
+from shmcast.policy import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shmcast.integrations.sglang._release import Release
+    from shmcast.integrations.sglang._settings import Settings
+    from shmcast.metrics import Stats
+
+FLAG_CAPACITY = 64 << 20
+"""Bytes of shared memory of the flag path: tensors travel as references there."""
+
+log = logging.getLogger("shmcast")
+
+_ABSENT = object()
+
+
+class Link:
+    """One scheduler's. Made by every rank of SGLang's world at the same point, the end of `Scheduler.__init__`."""
+
+    def __init__(self, scheduler: Any, release: Release, settings: Settings) -> None:
+        self._scheduler = scheduler
+        self._release = release
+        self._make_all = maker_of_all(release, release.maker(scheduler))
+        self._hidden: dict[str, Any] = {}
+        self._shared: Shared | None = None
+        self._gate: Gate | None = None
+        self._flag: Broadcaster | None = None
+        shared = share(scheduler, settings)
+        if isinstance(shared, Shared):
+            self._shared = shared
+            self._put_gate(shared, settings)
+            self._put_settling()
+        self._put_making(settings)
+        if shared.place.receives:
+            self._say(shared)
+
+    @property
+    def admits(self) -> bool:
+        """Whether this scheduler's requests travel with tickets."""
+        return self._shared is not None
+
+    def stats(self) -> dict[str, Stats]:
+        """Of the ends that this rank has: `reader`, and on an entry rank `writer` and `admission`; `flag`."""
+        ends: dict[str, Any] = {"flag": self._flag}
+        if self._shared is not None:
+            ends |= {"reader": self._shared.reader, "writer": self._shared.writer}
+        if self._gate is not None:
+            ends["admission"] = self._gate.admission
+        return {name: end.stats() for name, end in ends.items() if end is not None}
+
+    def close(self) -> None:
+        """Give the scheduler its own methods and socket back. Tensors that it holds stay valid."""
+        for name, value in self._hidden.items():
+            if value is _ABSENT:
+                vars(self._scheduler).pop(name, None)
+            else:
+                setattr(self._scheduler, name, value)
+        self._hidden = {}
+        if self._gate is not None:
+            self._gate.close()
+        if self._flag is not None:
+            self._flag.close()
+        if self._shared is not None:
+            self._shared.close()
+        self._gate = self._flag = self._shared = None
+
+    def settle(self, requests: Any) -> Any:
+        """Open what the tickets among these requests name, alike on all ranks. Returns the requests.
+
+        Where one rank cannot open a message, none uses it: the entry rank sends the raw inputs behind it instead.
+        """
+        parts = [part for request in requests or () for part in self._release.parts(request)]
+        found = [(part, ticket) for part in parts if isinstance(ticket := self._release.raw_of(part), Ticket)]
+        if not found:
+            return requests
+        messages: dict[bytes, list[Ticket]] = {}
+        for _, ticket in found:
+            messages.setdefault(ticket.handle, []).append(ticket)
+        failed = torch.tensor([not self._open(*message) for message in messages.items()], dtype=torch.int32)
+        stage = self._ends.stage
+        if stage is not None:
+            dist.all_reduce(failed, dist.ReduceOp.MAX, group=stage)
+        if failed.any():
+            self._send_raw([t for bad, tickets in zip(failed, messages.values(), strict=True) if bad for t in tickets])
+        for part, ticket in found:
+            if isinstance(ticket.inputs, Failure):
+                self._release.set_raw(part, self._release.error(ticket.inputs.text))
+            elif ticket.inputs is not None:
+                ticket.raw = None
+        return requests
+
+    def _open(self, handle: bytes, tickets: list[Ticket]) -> bool:
+        """Whether this rank could."""
+        try:
+            inputs: Any = self._ends.reader.open(Handle.parse(handle))
+            for ticket in tickets:
+                ticket.inputs = inputs[ticket.number]
+        except Exception as error:
+            log.warning("this rank cannot open a request's inputs, all get the raw ones: %s", describe(error))
+            with suppress(Exception):
+                self._ends.reader.discard(Handle.parse(handle))
+            return False
+        return True
+
+    def _send_raw(self, tickets: list[Ticket]) -> None:
+        """Collective over a stage: the raw inputs behind tickets that a rank could not open."""
+        ends = self._ends
+        raws = [[ticket.raw for ticket in tickets]]
+        if ends.stage is not None:
+            dist.broadcast_object_list(raws, src=ends.entry, group=ends.stage)
+        for ticket, raw in zip(tickets, raws[0], strict=True):
+            if raw is None:
+                raise MaterializeError(
+                    f"pipeline stage {ends.place.stage} cannot open a request's inputs, and the raw ones stayed in "
+                    "stage 0: see the warning of the rank that could not"
+                )
+            ticket.inputs, ticket.raw = None, raw
+
+    def _take(self, stock: Callable[[Any], Any], inputs: Any) -> Any:
+        """What stands in for `stock`, a method that makes raw inputs: what is made already passes through."""
+        if isinstance(inputs, Ticket):
+            return stock(inputs.raw) if inputs.inputs is None else inputs.inputs
+        return inputs if isinstance(inputs, self._release.inputs) else stock(inputs)
+
+    def _materialize(self, raw_mm_inputs: Any) -> Any:
+        """What stands in for the stock flag path. Every rank of its group, in the same order."""
+        if raw_mm_inputs is None or self._flag is None:
+            return None
+        (made,) = self._flag.materialize([raw_mm_inputs], self._make_all)
+        if isinstance(made, Failure):
+            raise self._release.refused(made.text)
+        self._release.write_back(raw_mm_inputs, made)
+        return made
+
+    # What stands in for the scheduler's own.
+
+    @property
+    def _ends(self) -> Shared:
+        if self._shared is None:
+            raise RuntimeError("a ticket came to a scheduler that shares nothing")
+        return self._shared
+
+    def _put(self, name: str, value: Any) -> None:
+        self._hidden.setdefault(name, vars(self._scheduler).get(name, _ABSENT))
+        setattr(self._scheduler, name, value)
+
+    def _put_gate(self, shared: Shared, settings: Settings) -> None:
+        if shared.writer is None:
+            return
+        scheduler = self._scheduler
+        admission = Admission(
+            shared.writer, self._make_all, workers=settings.workers, max_held_bytes=settings.held_bytes
+        )
+        self._gate = gate = Gate(receive_with(scheduler.recv_from_tokenizer), admission, self._release)
+        self._put("recv_from_tokenizer", gate)
+        sleep = scheduler.maybe_sleep_on_idle
+        # It sleeps on the sockets: nothing would wake it when what is held is ready.
+        self._put("maybe_sleep_on_idle", lambda: None if gate.waiting else sleep())
+
+    def _put_settling(self) -> None:
+        scheduler = self._scheduler
+        if not hasattr(scheduler, "request_receiver"):
+            receive = scheduler.recv_requests
+            self._put("recv_requests", lambda: self.settle(receive()))
+            return
+        receiver = scheduler.request_receiver
+        if self._gate is not None:
+            receiver = replace(receiver, recv_from_tokenizer=self._gate)
+        self._put("request_receiver", _Settling(receiver, self.settle))
+
+    def _put_making(self, settings: Settings) -> None:
+        scheduler = self._scheduler
+        stock = scheduler._process_and_broadcast_mm_inputs
+        group = flag_group(scheduler)
+        if _uses_flag(scheduler) and group is not None and dist.get_world_size(group) > 1:
+            policy = Policy(fn_keeps_leaves=True, threshold=settings.threshold)
+            self._flag = Broadcaster(group, control="ring", capacity=FLAG_CAPACITY, policy=policy, allow=ALLOW)
+            stock = self._materialize
+        self._put("_process_and_broadcast_mm_inputs", partial(self._take, stock))
+        if hasattr(scheduler, "_get_multimodal_inputs"):
+            self._put("_get_multimodal_inputs", partial(self._take, scheduler._get_multimodal_inputs))
+
+    def _say(self, shared: Any) -> None:
+        flag = "" if self._flag is None else f"; flag path: {self._flag.route.value}"
+        if isinstance(shared, Shared):
+            log.info("SGLang %s: %d ranks share multimodal inputs%s", self._release.version, shared.ranks, flag)
+        else:
+            log.warning("SGLang %s: requests travel as in stock, %s%s", self._release.version, shared.why, flag)
+
+
+class _Settling:
+    """SGLang's receiver, with tickets settled in what it receives."""
+
+    def __init__(self, receiver: Any, settle: Callable[[Any], Any]) -> None:
+        self._receiver = receiver
+        self._settle = settle
+
+    def recv_requests(self, *args: Any, **kwargs: Any) -> Any:
+        return self._settle(self._receiver.recv_requests(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._receiver, name)
+
+
+def _uses_flag(scheduler: Any) -> bool:
+    """0.5.5 has the path without the flag."""
+    if not hasattr(scheduler, "_get_multimodal_inputs"):
+        return True
+    return bool(getattr(scheduler.server_args, "enable_broadcast_mm_inputs_process", False))

@@ -1,0 +1,219 @@
+"""What differs between releases of SGLang: where a rank stands, how inputs are made, how a bad request is said.
+
+    0.5.5 to 0.5.9    inputs travel as a dict, `MultimodalInputs.from_dict`
+    from 0.5.10       as a `MultimodalProcessorOutput`, `MultimodalInputs.from_processor_output`
+    from 0.5.13       `SchedulerRequestReceiver` receives; before, `Scheduler.recv_requests`
+    from 0.5.20       items are `msgspec.Struct`s; a bad request is that request's error, not the scheduler's end
+
+All of it is found by looking at the classes, never by comparing version numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import ModuleType
+
+IDENTITY: Final = ("hash", "pad_value", "pad_values", "identity")
+"""What making the inputs writes into the raw items of the rank that makes them."""
+
+SUPPORTED: Final = "0.5.5 to 0.5.23"
+
+
+class Unsupported(RuntimeError):
+    """This release of SGLang, or the way it was started, is not one that shmcast can be switched on for."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release of SGLang, by what its classes have."""
+
+    version: str
+    scheduler: Any
+    inputs: Any
+    single: tuple[Any, ...]
+    batch: tuple[Any, ...]
+    abort: Any
+    close_session: Any
+    error: Any
+    refused: Any
+    unwrap: Callable[[Any], Any]
+
+    @property
+    def makes_from_dict(self) -> bool:
+        return hasattr(self.inputs, "from_dict")
+
+    @property
+    def request_errors(self) -> bool:
+        """Whether one bad request ends as that request's error on all ranks; before 0.5.20 it ends the schedulers."""
+        return self.error is not None and self.refused is not None
+
+    def maker(self, scheduler: Any) -> Callable[[Any], Any]:
+        """The function from raw inputs to a `MultimodalInputs`, as `scheduler` would call it."""
+        if self.makes_from_dict:
+            return self.inputs.from_dict  # type: ignore[no-any-return]
+        make = self.inputs.from_processor_output
+        if "requires_mm_token_modalities" not in inspect.signature(make).parameters:
+            return make  # type: ignore[no-any-return]
+        wanted = scheduler.model_config.requires_mm_token_modalities
+        return lambda raw: make(raw, requires_mm_token_modalities=wanted)
+
+    def parts(self, request: Any) -> list[Any]:
+        """The requests in what one receive gives: one, those of a batch, or none where it is no work."""
+        if isinstance(request, self.batch):
+            return list(request.batch)
+        return [request] if isinstance(request, self.single) else []
+
+    def raw_of(self, part: Any) -> Any:
+        return getattr(part, _field(part))
+
+    def set_raw(self, part: Any, raw: Any) -> None:
+        setattr(part, _field(part), raw)
+
+    def items(self, raw: Any) -> list[Any]:
+        """The items of raw inputs, or of made ones."""
+        return raw["mm_items"] if isinstance(raw, dict) else raw.mm_items  # type: ignore[no-any-return]
+
+    def can_hold(self, raw: Any) -> bool:
+        """Whether all tensors of raw inputs are on the CPU: what lies on a GPU, SGLang hands over itself."""
+        return not any(_elsewhere(value) for item in self.items(raw) for value in _values(item))
+
+    def write_back(self, raw: Any, inputs: Any) -> None:
+        """Give this rank's raw items what the maker wrote into the entry rank's: the next pipeline stage reads it."""
+        valid = [item for item in self.items(raw) if item.is_valid()]
+        for item, made in zip(valid, inputs.mm_items, strict=False):
+            for name in IDENTITY:
+                if item is not made and hasattr(type(made), name):
+                    setattr(item, name, getattr(made, name))
+
+
+def find_release() -> Release:
+    """The release that is installed; `Unsupported` says what it lacks."""
+    io = _module("sglang.srt.managers.io_struct")
+    batch = _module("sglang.srt.managers.schedule_batch")
+    scheduler = _module("sglang.srt.managers.scheduler")
+    utils = _module("sglang.srt.managers.mm_utils")
+    inputs = _attribute(batch, "MultimodalInputs")
+    if not (hasattr(inputs, "from_dict") or hasattr(inputs, "from_processor_output")):
+        raise _unlike("MultimodalInputs has neither from_dict nor from_processor_output")
+    cls = _attribute(scheduler, "Scheduler")
+    _check_method(cls, "_process_and_broadcast_mm_inputs", ["self", "raw_mm_inputs"])
+    if not hasattr(cls, "recv_requests"):
+        receiver = _module("sglang.srt.managers.scheduler_components.request_receiver")
+        receiver_class = _attribute(receiver, "SchedulerRequestReceiver")
+        _check_method(receiver_class, "recv_requests", ["self"])
+        if "recv_from_tokenizer" not in getattr(receiver_class, "__dataclass_fields__", {}):
+            raise _unlike("SchedulerRequestReceiver has no field recv_from_tokenizer")
+        _check_method(cls, "init_request_receiver", ["self"])
+    return Release(
+        version=str(getattr(_module("sglang.version"), "__version__", "of unknown version")),
+        scheduler=cls,
+        inputs=inputs,
+        single=(_attribute(io, "TokenizedGenerateReqInput"), _attribute(io, "TokenizedEmbeddingReqInput")),
+        batch=(_attribute(io, "BatchTokenizedGenerateReqInput"), _attribute(io, "BatchTokenizedEmbeddingReqInput")),
+        abort=_attribute(io, "AbortReq"),
+        close_session=_attribute(io, "CloseSessionReqInput"),
+        error=getattr(io, "MMInputsProcessError", None),
+        refused=getattr(scheduler, "_MultimodalInputProcessingError", None),
+        unwrap=getattr(utils, "unwrap_shm_features", lambda request: request),
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands: its pipeline stage, its replica under data-parallel attention, and in that its two ranks."""
+
+    stage: int
+    replica: int
+    attn_cp: int
+    attn_tp: int
+
+    @property
+    def receives(self) -> bool:
+        """Whether this rank reads from the tokenizer: the entry rank of its replica."""
+        return self.stage == self.attn_cp == self.attn_tp == 0
+
+
+def place_of(scheduler: Any) -> Place:
+    """Where this scheduler stands."""
+    ranks = _ranks(scheduler)
+    return Place(ranks.pp_rank, _replica(ranks), getattr(ranks, "attn_cp_rank", 0), ranks.attn_tp_rank)
+
+
+def world_group(scheduler: Any) -> Any:
+    """The CPU group of all ranks of this scheduler's world."""
+    group = getattr(scheduler, "world_group", None)
+    return (_ranks(scheduler).world_group if group is None else group).cpu_group
+
+
+def flag_group(scheduler: Any) -> Any:
+    """The CPU group over which the stock flag path broadcasts; its first rank is the entry rank."""
+    return scheduler.dp_tp_cpu_group if hasattr(scheduler, "dp_tp_cpu_group") else scheduler.cpu_group
+
+
+def receive_with(socket: Any) -> Callable[[int], Any]:
+    """How this release reads one request from a socket, with flags of zmq."""
+    receive = getattr(_module("sglang.srt.managers.io_struct"), "sock_recv", None)
+    return socket.recv_pyobj if receive is None else partial(receive, socket)
+
+
+def _ranks(scheduler: Any) -> Any:
+    """0.5.5 to 0.5.12 keep ranks on the scheduler, later ones in `ps`, then in the runtime's context."""
+    if hasattr(scheduler, "ps"):
+        return scheduler.ps
+    if hasattr(scheduler, "attn_tp_rank"):
+        return scheduler
+    return _module("sglang.srt.runtime_context").get_parallel()
+
+
+def _replica(ranks: Any) -> int:
+    value = getattr(ranks, "attn_dp_rank", 0)
+    return 0 if value is None else int(value)
+
+
+def _field(part: Any) -> str:
+    return "mm_inputs" if hasattr(part, "mm_inputs") else "image_inputs"
+
+
+def _values(item: Any) -> Iterable[Any]:
+    yield item.feature
+    yield item.precomputed_embeddings
+    yield from (item.model_specific_data or {}).values()
+
+
+def _elsewhere(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_elsewhere, value))
+    return type(value).__name__.endswith("TransportProxy") or not getattr(value, "is_cpu", True)
+
+
+def _check_method(cls: type, name: str, expected: list[str]) -> None:
+    method = getattr(cls, name, None)
+    if method is None:
+        raise _unlike(f"{cls.__name__} has no method {name}")
+    found = list(inspect.signature(method).parameters)
+    if found[: len(expected)] != expected:
+        raise _unlike(f"{cls.__name__}.{name} takes ({', '.join(found)}), not ({', '.join(expected)})")
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise _unlike(f"there is no module {error.name}") from error
+
+
+def _attribute(module: ModuleType, name: str) -> Any:
+    if not hasattr(module, name):
+        raise _unlike(f"{module.__name__} has no {name}")
+    return getattr(module, name)
+
+
+def _unlike(what: str) -> Unsupported:
+    return Unsupported(f"this SGLang does not look like {SUPPORTED}, nothing of it was replaced: {what}")

@@ -1,0 +1,277 @@
+"""SGLang's own schedulers on a machine without a GPU: real classes, real methods, real sockets and groups, no model.
+
+Importing this imports SGLang, with stand-ins for what only a GPU machine has: triton, which it only imports, the
+kernels of old releases, and two declarations of torchvision's. A `Scheduler` is made without its constructor, which
+loads a model, and given what receiving and making inputs use; its methods are the class's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import zmq
+
+GPU_ONLY = ("triton", "sgl_kernel")
+
+
+class _Stub(types.ModuleType):
+    """A module in which every name exists: a class where it is capitalized, else one more such module."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []
+        self.__version__ = "3.0.0"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name[0].isupper():
+            value: Any = type(name, (Exception,), {"__init__": lambda self, *args, **kwargs: None})
+        else:
+            value = sys.modules.setdefault(f"{self.__name__}.{name}", _Stub(f"{self.__name__}.{name}"))
+        setattr(self, name, value)
+        return value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else lambda function: function
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class _StubFinder:
+    """Finds stubs for the modules of these packages."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+            if name.split(".")[0] in GPU_ONLY
+            else None
+        )
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return sys.modules.get(spec.name) or _Stub(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        sys.modules[module.__name__] = module
+
+
+def _import_sglang() -> None:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    if any(importlib.util.find_spec(name) is None for name in GPU_ONLY):
+        sys.meta_path.insert(0, _StubFinder())
+        triton: Any = importlib.import_module("triton")
+        triton.cdiv = lambda a, b: -(a // -b)
+        triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
+        language: Any = importlib.import_module("triton.language")
+        language.constexpr = type("constexpr", (), {"__init__": lambda self, value=None: setattr(self, "value", value)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for operator in ("nms", "qnms"):  # torchvision's own library, which declares them, is linked against CUDA
+            torch.library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        registry: Any = importlib.import_module("transformers.models.auto.configuration_auto")
+        register = registry._LazyConfigMapping.register
+        # Releases of before this transformers register configurations that it brings itself.
+        registry._LazyConfigMapping.register = lambda self, key, value, exist_ok=False: register(
+            self, key, value, exist_ok=True
+        )
+        importlib.import_module("sglang.srt.managers.scheduler")
+        importlib.import_module("sglang.srt.managers.tokenizer_manager")
+
+
+_import_sglang()
+
+from sglang.srt.managers import io_struct, schedule_batch  # noqa: E402
+from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
+from sglang.srt.server_args import ServerArgs  # noqa: E402
+from sglang.version import __version__  # noqa: E402
+
+VERSION = tuple(int(part) for part in __version__.split(".")[:3])
+__all__ = ["FROM_DICT", "REQUEST_ERRORS", "VERSION", "Engine", "Group", "io_struct", "schedule_batch"]
+
+FROM_DICT = hasattr(schedule_batch.MultimodalInputs, "from_dict")
+REQUEST_ERRORS = hasattr(io_struct, "MMInputsProcessError")
+
+
+class Group:
+    """A group as SGLang's `GroupCoordinator` shows it."""
+
+    def __init__(self, ranks: list[int], cpu_group: Any) -> None:
+        self.ranks = ranks
+        self.cpu_group = cpu_group
+        self.rank = dist.get_rank()
+        self.rank_in_group = ranks.index(self.rank)
+        self.first_rank = ranks[0]
+        self.world_size = len(ranks)
+
+    @classmethod
+    def of(cls, ranks: list[int]) -> Group:
+        return cls(ranks, dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
+
+
+class Engine:
+    """One rank's scheduler.
+
+    `pp`, `attn_dp`, `attn_cp`: sizes; what is left of the world is attention's tensor parallelism. `flag`: the server
+    runs with --enable-broadcast-mm-inputs-process.
+    """
+
+    def __init__(
+        self, address: str, *, pp: int = 1, attn_dp: int = 1, attn_cp: int = 1, flag: bool = False, limit: int = -1
+    ) -> None:
+        warnings.filterwarnings("ignore", module=r"sglang\.")
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self.rank = rank
+        tp_size = size // pp
+        attn_tp = tp_size // attn_dp // attn_cp
+        stage, tp_rank = divmod(rank, tp_size)
+        replica, in_replica = divmod(tp_rank, attn_tp * attn_cp)
+        cp_rank, attn_tp_rank = divmod(in_replica, attn_tp)
+        first = stage * tp_size + replica * attn_cp * attn_tp
+        self.args = _server_args(tp_size, pp, attn_dp, attn_cp, flag)
+        self.ranks = {
+            "pp_rank": stage,
+            "pp_size": pp,
+            "tp_rank": tp_rank,
+            "tp_size": tp_size,
+            "attn_tp_rank": attn_tp_rank,
+            "attn_tp_size": attn_tp,
+            "attn_cp_rank": cp_rank,
+            "attn_cp_size": attn_cp,
+            "attn_dp_rank": replica,
+            "attn_dp_size": attn_dp,
+        }
+        self.groups = {
+            "world_group": Group(list(range(size)), dist.group.WORLD),
+            "tp_group": Group.of([stage * tp_size + r for r in range(tp_size)]),
+            "attn_tp_group": Group.of([first + cp_rank * attn_tp + r for r in range(attn_tp)]),
+            "attn_cp_group": Group.of([first + r * attn_tp + attn_tp_rank for r in range(attn_cp)]),
+        }
+        self.receives = stage == attn_tp_rank == cp_rank == 0
+        self.context = zmq.Context()
+        self.socket = self.rpc = None
+        if self.receives:
+            self.socket = self.context.socket(zmq.PULL)
+            self.socket.bind(f"{address}-{replica}")
+            self.rpc = self.context.socket(zmq.PULL)
+            self.rpc.bind(f"{address}-{replica}-rpc")
+        self.scheduler = self._make_scheduler(attn_dp > 1, limit)
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+        for name, group in self.groups.items():
+            if name != "world_group":
+                dist.destroy_process_group(group.cpu_group)
+
+    def receive(self) -> list[Any]:
+        """One tick's requests, by the scheduler's own way of receiving."""
+        if hasattr(self.scheduler, "request_receiver"):
+            return list(self.scheduler.request_receiver.recv_requests())
+        return list(self.scheduler.recv_requests())
+
+    def inputs(self, request: Any) -> Any:
+        """A received request's `MultimodalInputs`, as its handling asks for them: None for text."""
+        raw = getattr(request, "mm_inputs", None)
+        if raw is None:
+            return None
+        if hasattr(Scheduler, "_get_multimodal_inputs"):
+            return self.scheduler._get_multimodal_inputs(raw)
+        return self.scheduler._process_and_broadcast_mm_inputs(raw)
+
+    def _make_scheduler(self, attn_dp_enabled: bool, limit: int) -> Any:
+        scheduler = Scheduler.__new__(Scheduler)
+        model = types.SimpleNamespace(is_multimodal=True, requires_mm_token_modalities=False)
+        dp_tp = self.groups["attn_tp_group" if attn_dp_enabled else "tp_group"]
+        scheduler.__dict__.update(
+            server_args=self.args,
+            model_config=model,
+            recv_skipper=None,
+            recv_from_tokenizer=self.socket,
+            recv_from_rpc=self.rpc,
+            input_blocker=None,
+            mm_receiver=None,
+            idle_sleeper=None,
+            max_recv_per_poll=limit,
+            enable_trace=False,
+            last_batch=None,
+        )
+        if VERSION < (0, 5, 6):
+            scheduler.__dict__.update(cpu_group=dp_tp.cpu_group, is_entry_rank=dp_tp.rank_in_group == 0)
+        else:
+            scheduler.__dict__.update(dp_tp_group=dp_tp, dp_tp_cpu_group=dp_tp.cpu_group)
+        if VERSION < (0, 5, 13):
+            scheduler.__dict__.update(self.ranks | self.groups)
+            for name in ("tp_group", "attn_tp_group", "attn_cp_group"):
+                setattr(scheduler, f"{name[:-6]}_cpu_group", self.groups[name].cpu_group)
+            return scheduler
+        return self._add_receiver(scheduler)
+
+    def _add_receiver(self, scheduler: Any) -> Any:
+        from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+
+        known = {field.name for field in dataclasses.fields(SchedulerRequestReceiver)}
+        values: dict[str, Any] = {
+            "recv_from_tokenizer": self.socket,
+            "recv_from_rpc": self.rpc,
+            "recv_skipper": None,
+            "input_blocker": None,
+            "mm_receiver": None,
+            "server_args": self.args,
+            "model_config": scheduler.model_config,
+            "max_recv_per_poll": scheduler.max_recv_per_poll,
+            "stream_output": lambda *args, **kwargs: None,
+            "get_last_batch": lambda: None,
+        }
+        ps = types.SimpleNamespace(**self.ranks)
+        if "ps" in known:
+            scheduler.ps = ps
+            values |= {"ps": ps} | self.groups
+            for name in ("tp_group", "attn_tp_group", "attn_cp_group"):
+                values[f"{name[:-6]}_cpu_group"] = self.groups[name].cpu_group
+            scheduler.world_group = self.groups["world_group"]
+        else:
+            from sglang.srt.runtime_context import get_parallel
+
+            get_parallel().override_permanently(**self.groups)
+        scheduler.request_receiver = SchedulerRequestReceiver(**{k: v for k, v in values.items() if k in known})
+        return scheduler
+
+
+def _server_args(tp_size: int, pp: int, attn_dp: int, attn_cp: int, flag: bool) -> Any:
+    values: dict[str, Any] = {
+        "model_path": "dummy",
+        "device": "cpu",
+        "tp_size": tp_size,
+        "pp_size": pp,
+        "dp_size": attn_dp,
+        "enable_dp_attention": attn_dp > 1,
+        "enable_broadcast_mm_inputs_process": flag,
+    }
+    if attn_cp > 1:
+        values["attn_cp_size"] = attn_cp
+    if VERSION < (0, 5, 6):  # which broadcasts always
+        del values["enable_broadcast_mm_inputs_process"]
+    args = ServerArgs(**values)
+    if VERSION < (0, 5, 13):
+        from sglang.srt.server_args import set_global_server_args_for_scheduler
+
+        set_global_server_args_for_scheduler(args)
+        return args
+    from sglang.srt import runtime_context
+
+    ranks: dict[str, Any] = {}
+    if hasattr(runtime_context, "SpawnRanks"):
+        ranks["ranks"] = runtime_context.SpawnRanks(world_rank=dist.get_rank(), dp_rank=None, gpu_id=0)
+    runtime_context.publish(args, role="scheduler", **ranks)
+    return args
