@@ -8,10 +8,10 @@ SETUP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format matrix fuzz bench clean
+.PHONY: help setup demo test test-sglang check format matrix fuzz bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(SETUP) ## set up .venv with everything that the other targets need
 
@@ -28,6 +28,9 @@ demo: $(SETUP) ## run the demonstration: make demo ARGS="picture.jpg --ranks 4"
 
 test: $(SETUP) ## run the tests: make test ARGS="-k arena -x"
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-sglang: $(SETUP) ## run SGLang's own schedulers over shmcast: make test-sglang ARGS="--release 0.5.9 -- -x"
+	@$(BIN)/python -m tests.sglang.run $(ARGS)
 
 check: $(SETUP) ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .

@@ -160,6 +160,7 @@ class Engine:
         }
         self.receives = stage == attn_tp_rank == cp_rank == 0
         self.context = zmq.Context()
+        self._closing: list[Any] = []
         self.socket = self.rpc = None
         if self.receives:
             self.socket = self.context.socket(zmq.PULL)
@@ -170,6 +171,8 @@ class Engine:
 
     def close(self) -> None:
         self.context.destroy(linger=0)
+        for undo in self._closing:
+            undo()
         for name, group in self.groups.items():
             if name != "world_group":
                 dist.destroy_process_group(group.cpu_group)
@@ -244,6 +247,7 @@ class Engine:
             from sglang.srt.runtime_context import get_parallel
 
             get_parallel().override_permanently(**self.groups)
+            self._closing.append(get_parallel().clear_stamp)
         scheduler.request_receiver = SchedulerRequestReceiver(**{k: v for k, v in values.items() if k in known})
         return scheduler
 

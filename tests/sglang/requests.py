@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import torch
 
 from tests.sglang.engine import FROM_DICT, io_struct, schedule_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Item = schedule_batch.MultimodalDataItem
 Modality = schedule_batch.Modality
@@ -107,7 +110,11 @@ def raw_of(items: list[Any], tokens: int = 4000) -> Any:
     return fields if FROM_DICT else schedule_batch.MultimodalProcessorOutput.from_dict(fields)
 
 
-KINDS = {
+def items_of(raw: Any) -> list[Any]:
+    return list(raw["mm_items"] if FROM_DICT else raw.mm_items)
+
+
+KINDS: dict[str, Callable[[], list[Any]]] = {
     "images of one parent": lambda: images_of_one_parent([(1, 40, 40), (1, 26, 18), (1, 30, 30)]),
     "video": lambda: [video()],
     "audio as ndarray": lambda: [audio()],

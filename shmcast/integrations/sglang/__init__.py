@@ -6,13 +6,10 @@ Before, start the server with `python -m shmcast.integrations.sglang.launch`. do
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-log = logging.getLogger("shmcast")
 
 _undo: list[Callable[[], None]] = []
 
@@ -41,10 +38,21 @@ def install() -> None:
     _undo.extend(replace_targets(find_release(), read_settings()))
 
 
+def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
+    """What an `Engine` of a release before 0.5.12 runs in its scheduler processes, with `install` before it.
+
+    `class Engine(sglang.Engine): run_scheduler_process_func = staticmethod(run_scheduler_process)`
+    """
+    install()
+    from sglang.srt.managers.scheduler import run_scheduler_process as stock
+
+    return stock(*args, **kwargs)
+
+
 def uninstall() -> None:
     """Give SGLang's classes their own methods back, and the schedulers of this process theirs."""
     while _undo:
         _undo.pop()()
 
 
-__all__ = ["install", "plugin", "uninstall"]
+__all__ = ["install", "plugin", "run_scheduler_process", "uninstall"]

@@ -1,0 +1,104 @@
+"""`--enable-broadcast-mm-inputs-process`: every rank holds the raw inputs, one makes them, and only a header moves."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.sglang import requests
+from tests.sglang.engine import REQUEST_ERRORS
+from tests.sglang.requests import KINDS, raw_of, same
+from tests.sglang.serving import Slow, serving, stock_inputs
+from tests.support.ranks import Ranks
+
+pytestmark = pytest.mark.multiprocess
+
+FLAG_ALONE = {"admission": False}
+
+
+def at(path: Path) -> str:
+    return f"ipc://{path}/s"
+
+
+def every_kind(rank: int, address: str) -> list[int]:
+    with serving(address, flag=True, settings=FLAG_ALONE) as serve:
+        assert not serve.link.admits
+        make = serve.engine.scheduler._process_and_broadcast_mm_inputs
+        for name, kind in KINDS.items():
+            raw = raw_of(kind())
+            expected = stock_inputs(raw_of(kind()))
+            same(make(raw), expected, name)
+            # What the next pipeline stage reads, on this rank too.
+            for item, made in zip(requests.items_of(raw), expected.mm_items, strict=True):
+                assert (item.hash, item.pad_value) == (made.hash, made.pad_value)
+                assert getattr(item, "pad_values", None) == getattr(made, "pad_values", None)
+        assert make(None) is None
+        stats = serve.link.stats()["flag"]
+        assert not stats.fallbacks
+        return [stats.messages, stats.bytes]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_every_kind_is_what_every_rank_alone_makes(engines: Ranks, tmp_path: Path, n: int) -> None:
+    results = engines.run(n, every_kind, at(tmp_path))
+    assert [messages for messages, _ in results] == [len(KINDS)] * n
+    assert {size for _, size in results} == {0}, "tensors that every rank holds travelled"
+
+
+def test_the_entry_rank_alone_makes_them(engines: Ranks, tmp_path: Path) -> None:
+    assert engines.run(3, counted, at(tmp_path)) == [1, 0, 0]
+
+
+def counted(rank: int, address: str) -> int:
+    with Slow() as maker, serving(address, flag=True, settings=FLAG_ALONE) as serve:
+        maker.go.set()
+        serve.engine.scheduler._process_and_broadcast_mm_inputs(raw_of(KINDS["video"]()))
+        return maker.calls
+
+
+def failing(rank: int, address: str) -> list[str]:
+    with serving(address, flag=True, settings=FLAG_ALONE) as serve:
+        make = serve.engine.scheduler._process_and_broadcast_mm_inputs
+        try:
+            make(requests.malformed())
+        except Exception as error:
+            said = [type(error).__name__, str(error)]
+        same(make(raw_of(KINDS["all"]())), stock_inputs(raw_of(KINDS["all"]())))
+        return said
+
+
+def test_a_malformed_request_fails_alike_and_the_next_one_does_not(engines: Ranks, tmp_path: Path) -> None:
+    first, *others = engines.run(3, failing, at(tmp_path))
+    assert all(other == first for other in others)
+    if REQUEST_ERRORS:
+        assert first[0] == "_MultimodalInputProcessingError"
+        assert first[1].startswith("Multimodal input processing failed on the TP entry rank: ")
+
+
+def under_threshold(rank: int, address: str) -> int:
+    settings = FLAG_ALONE | {"threshold": 1 << 20}
+    with Slow() as maker, serving(address, flag=True, settings=settings) as serve:
+        maker.go.set()
+        make = serve.engine.scheduler._process_and_broadcast_mm_inputs
+        small = make(raw_of(KINDS["list of tensors"]()))
+        calls = maker.calls
+        large = make(raw_of(KINDS["video"]()))
+        same(small, maker.stock(raw_of(KINDS["list of tensors"]())))
+        same(large, maker.stock(raw_of(KINDS["video"]())))
+        return calls
+
+
+def test_small_inputs_are_made_by_every_rank(engines: Ranks, tmp_path: Path) -> None:
+    assert engines.run(2, under_threshold, at(tmp_path)) == [1, 1]
+
+
+def one_rank(rank: int, address: str) -> bool:
+    with serving(address, flag=True, settings=FLAG_ALONE) as serve:
+        same(
+            serve.engine.scheduler._process_and_broadcast_mm_inputs(raw_of(KINDS["video"]())),
+            stock_inputs(raw_of(KINDS["video"]())),
+        )
+        return "flag" in serve.link.stats()
+
+
+def test_one_rank_keeps_the_stock_path(engines: Ranks, tmp_path: Path) -> None:
+    assert engines.run(1, one_rank, at(tmp_path)) == [False]
