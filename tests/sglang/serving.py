@@ -50,7 +50,7 @@ class Serving:
                 try:
                     self.inputs[part.rid] = self.engine.inputs(part)
                 except Exception as error:
-                    self.inputs[part.rid] = error
+                    self.inputs[part.rid] = error.with_traceback(None)  # whose frames hold all that was received
         if rids:
             self.ticks.append(rids)
         return received
