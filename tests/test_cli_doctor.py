@@ -152,6 +152,37 @@ def test_a_larger_one_is_not() -> None:
     assert [found[name]["status"] for name in ("/dev/shm", "default Writer")] == ["ok", "ok"]
 
 
+@pytest.mark.parametrize(
+    ("requests", "capacity", "status", "todo"),
+    [(3, None, "ok", ""), (4, None, "warn", "set SHMCAST_CAPACITY=52428800"), (4, 52428800, "ok", "")],
+)
+def test_a_queue_fits_into_a_writer_or_needs_a_larger_one(
+    monkeypatch: pytest.MonkeyPatch, requests: int, capacity: int | None, status: str, todo: str
+) -> None:
+    monkeypatch.delenv("SHMCAST_CAPACITY", raising=False)
+    if capacity is not None:
+        monkeypatch.setenv("SHMCAST_CAPACITY", str(capacity))
+    monkeypatch.setattr(_checks, "default_capacity", lambda: 40 << 20)
+    monkeypatch.setattr(_checks, "room", lambda: (1 << 30, "/dev/shm"))
+    line = _checks.queue(requests, 10 << 20)
+    assert (line.status, line.todo) == (status, todo)
+    assert f"{requests} requests of 10.0 MiB" in line.found
+
+
+def test_a_queue_that_is_more_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checks, "room", lambda: (64 << 20, "/dev/shm"))
+    line = _checks.queue(7, 10 << 20)
+    assert line.status == "warn"
+    assert "more than the 64.0 MiB that /dev/shm leaves" in line.means
+    assert "--shm-size" in line.todo
+
+
+def test_a_queue_is_asked_for() -> None:
+    done = CliRunner().invoke(command_line, ["doctor", "--json", "--queue", "1", "--request-mib", "0.5"])
+    assert done.exit_code == 0
+    assert lines_of(done.stdout)["queue"]["found"] == "1.0 MiB for 1 requests of 512.0 KiB and one that is being made"
+
+
 def test_where_no_writer_fits_it_fails() -> None:
     code, found = doctor_in(tmpfs("128k"))
     assert code == 1

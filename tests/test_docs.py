@@ -137,7 +137,7 @@ def test_every_check_and_verdict_is_in_the_operations() -> None:
     page, _, _ = (DOCS / "operations.md").read_text().partition("## shmcast top")
     rows = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
     verdicts = {verdict.value for verdict in Verdict}
-    assert [row for row in rows if row not in verdicts] == [*CHECKS, "ranks"]
+    assert [row for row in rows if row not in verdicts] == [*CHECKS, "ranks", "queue"]
     assert verdicts <= set(rows)
 
 
@@ -145,9 +145,20 @@ def examples(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
+INTEGRATIONS = (DOCS / "integrations.md").read_text()
+
+
+def test_every_setting_of_the_sglang_integration_has_a_row() -> None:
+    rows = re.findall(r"^\| `([A-Z_]+)` \|", INTEGRATIONS, flags=re.MULTILINE)
+    folder = ROOT / "shmcast" / "integrations" / "sglang"
+    told = re.findall(r"`(S[A-Z_]+)`: ", (folder / "_settings.py").read_text())
+    assert sorted(rows) == sorted({"SHMCAST_SGLANG", *told})
+
+
 @pytest.mark.multiprocess
-def test_the_readme_example_runs_as_it_stands(tmp_path: Path) -> None:
-    (program,) = examples(README)
+@pytest.mark.parametrize("page", [README, INTEGRATIONS], ids=["README", "integrations"])
+def test_an_example_runs_as_it_stands(page: str, tmp_path: Path) -> None:
+    (program,) = examples(page)
     path = tmp_path / "example.py"
     path.write_text(program)
     done = subprocess.run(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from shmcast._layout import PAGE, RING_ENTRIES, control_size
 from shmcast._reclaim import LEFT_OVER, Verdict, examine
-from shmcast._room import SHM, cgroup_rooms, default_capacity, room
+from shmcast._room import SHM, cgroup_rooms, default_capacity, remedy, room
 from shmcast.policy import read_environment
 
 if TYPE_CHECKING:
@@ -92,6 +92,22 @@ def writer() -> Line:
         means = "large requests will fall back (full): a message and the one under way must fit"
         return Line("warn", found, means, f"raise what binds ({bound}), or pass a capacity and hold fewer results")
     return Line("ok", found, "the capacity of a Writer that is told none: a quarter, at most 2 GiB")
+
+
+def queue(requests: int, nbytes: int) -> Line:
+    """What so many requests of `nbytes` that wait with their inputs, and one that is being made, take of memory."""
+    asked = read_environment().capacity
+    capacity = default_capacity() if asked is None else asked
+    free, bound = room()
+    needed = (requests + 1) * -(-nbytes // PAGE) * PAGE
+    found = f"{nice(needed)} for {requests} requests of {nice(nbytes)} and one that is being made"
+    if needed > free:
+        means = f"more than the {nice(free)} that {bound} leaves: what finds no room travels as without shmcast"
+        return Line("warn", found, means, f"{remedy(bound)}; or queue less")
+    if needed > capacity:
+        means = f"more than the {nice(capacity)} of one writer: what finds no room travels as without shmcast"
+        return Line("warn", found, means, f"set SHMCAST_CAPACITY={needed}")
+    return Line("ok", found, f"within the {nice(capacity)} of one writer, which all ranks of a node share")
 
 
 def memory_limit(proc: Path = Path("/proc/self")) -> Line:

@@ -48,8 +48,16 @@ _STYLES: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 @click.command()
 @click.option("--ranks", type=click.IntRange(1, 64), help="Start so many processes, and see whether each can map.")
+@click.option("--queue", type=click.IntRange(1), help="See whether so many requests that wait with their inputs fit.")
+@click.option(
+    "--request-mib",
+    type=click.FloatRange(0, min_open=True),
+    default=90.0,
+    show_default=True,
+    help="Of one, for --queue.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One object on standard output, nothing else there.")
-def doctor(ranks: int | None, as_json: bool) -> None:
+def doctor(ranks: int | None, queue: int | None, request_mib: float, as_json: bool) -> None:
     """Look at what shmcast needs of this machine: /dev/shm, limits, the kernel, packages, leftovers.
 
     Everything is tried on a scratch segment that is removed again. Run it where the ranks run: in their container, as
@@ -60,6 +68,8 @@ def doctor(ranks: int | None, as_json: bool) -> None:
     checks = dict(CHECKS)
     if ranks is not None:
         checks["ranks"] = partial(_probes.ranks, ranks)
+    if queue is not None:
+        checks["queue"] = partial(_checks.queue, queue, int(request_mib * (1 << 20)))
     lines = _checks.run(checks)
     if as_json:
         click.echo(json.dumps(as_object(lines)))
