@@ -294,6 +294,7 @@ def test_one_rank_of_a_replica_receives() -> None:
         ("SHMCAST_SGLANG_WAIT", "0", "wait", 0.0),
         ("SHMCAST_CAPACITY", "4096", "capacity", 4096),
         ("SGLANG_MM_BROADCAST_THRESHOLD", "1000", "threshold", 1000),
+        ("SGLANG_MM_SKIP_COMPUTE_HASH", "1", "draws_hashes", True),
     ],
 )
 def test_a_setting_is_read(

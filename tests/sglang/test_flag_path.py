@@ -102,3 +102,17 @@ def one_rank(rank: int, address: str) -> bool:
 
 def test_one_rank_keeps_the_stock_path(engines: Ranks, tmp_path: Path) -> None:
     assert engines.run(1, one_rank, at(tmp_path)) == [False]
+
+
+def drawn(rank: int, address: str) -> list[int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_MM_SKIP_COMPUTE_HASH", "1")
+        with serving(address, flag=True, settings=FLAG_ALONE | {"draws_hashes": True}) as serve:
+            inputs = serve.engine.scheduler._process_and_broadcast_mm_inputs(raw_of(KINDS["all"]()))
+            return [item.hash for item in inputs.mm_items]
+
+
+def test_hashes_that_are_drawn_are_the_entry_ranks(engines: Ranks, tmp_path: Path) -> None:
+    first, second = engines.run(2, drawn, at(tmp_path))
+    assert first == second
+    assert None not in first

@@ -199,8 +199,7 @@ class Link:
         stock = scheduler._process_and_broadcast_mm_inputs
         group = flag_group(scheduler)
         if _uses_flag(scheduler) and group is not None and dist.get_world_size(group) > 1:
-            policy = Policy(fn_keeps_leaves=True, threshold=settings.threshold)
-            self._flag = Broadcaster(group, control="ring", capacity=FLAG_CAPACITY, policy=policy, allow=ALLOW)
+            self._flag = _flag_path(group, settings)
             stock = self._materialize
         self._put("_process_and_broadcast_mm_inputs", partial(self._take, stock))
         if hasattr(scheduler, "_get_multimodal_inputs"):
@@ -226,6 +225,15 @@ class _Settling:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._receiver, name)
+
+
+def _flag_path(group: Any, settings: Settings) -> Broadcaster:
+    """Collective over `group`."""
+    if settings.draws_hashes:  # no two ranks make the same, so that none may make what another one sends
+        policy = Policy(fn_keeps_leaves=True, agree=True)
+        return Broadcaster(group, capacity=FLAG_CAPACITY, policy=policy, allow=ALLOW)
+    policy = Policy(fn_keeps_leaves=True, threshold=settings.threshold)
+    return Broadcaster(group, control="ring", capacity=FLAG_CAPACITY, policy=policy, allow=ALLOW)
 
 
 def _uses_flag(scheduler: Any) -> bool:

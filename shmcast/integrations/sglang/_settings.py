@@ -27,6 +27,7 @@ class Settings:
         capacity: `SHMCAST_CAPACITY`: bytes of shared memory of an entry rank, None: as `Writer`.
         threshold: `SGLANG_MM_BROADCAST_THRESHOLD`: on the flag path, inputs with fewer bytes of tensors are made by
             every rank.
+        draws_hashes: `SGLANG_MM_SKIP_COMPUTE_HASH`: SGLang draws a hash for each item instead of computing it.
     """
 
     on: bool
@@ -37,6 +38,7 @@ class Settings:
     wait: float
     capacity: int | None
     threshold: int
+    draws_hashes: bool
 
 
 def read_settings() -> Settings:
@@ -51,6 +53,7 @@ def read_settings() -> Settings:
         wait=float(_number("SHMCAST_SGLANG_WAIT", 2, 0, 3600)),
         capacity=environment.capacity,
         threshold=_number("SGLANG_MM_BROADCAST_THRESHOLD", 0, 0),
+        draws_hashes=_flag("SGLANG_MM_SKIP_COMPUTE_HASH", False),
     )
 
 
