@@ -7,6 +7,7 @@ first exception out of a collective ends the plane for good: gloo leaves a group
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from datetime import timedelta
@@ -151,6 +152,7 @@ class GroupControl(Control):
     def __init__(self, group: ProcessGroup, timeout: float) -> None:
         super().__init__(group.rank(), group.size(), timeout)
         self._group: ProcessGroup | None = group
+        self._pid = os.getpid()
 
     @property
     def group(self) -> ProcessGroup:
@@ -216,6 +218,8 @@ class GroupControl(Control):
     def _finish(self, start: Callable[[], Work | None]) -> None:
         if self._broken is not None:
             raise ControlBroken(f"an earlier collective failed: {self._broken}") from self._broken
+        if os.getpid() != self._pid:
+            raise ControlBroken("this is a forked child, and the sockets of the group are its parent's")
         work: Work | None = None
         try:
             work = start()

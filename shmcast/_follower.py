@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -189,7 +189,7 @@ class Follower:
                     )
                 taken = _Taken(*self._reader.fetch(sent.handle, leaves, from_header=True))
             except BaseException:
-                self._reader.discard(sent.handle)
+                self._discard(sent)
                 raise
         elif sent.route is HeaderRoute.PICKLE:
             each = sent if sent.objects else self._take_pickled(sent, 1)[0]
@@ -230,7 +230,8 @@ class Follower:
         except BaseException:
             # The handles in it are not known, nor ever will be.
             if sent.handle is not None and self._reader is not None:
-                self._reader.discard_below(sent.handle)
+                with suppress(ClosedError):
+                    self._reader.discard_below(sent.handle)
             raise
 
     def _open_batch(self, sent: Sent, fn: Callable[[R], T], leaves: Sequence[Leaves | None] | None) -> list[Any]:
@@ -252,9 +253,14 @@ class Follower:
             yield
         except BaseException:
             for entry in entries:
-                if entry.handle is not None and self._reader is not None:
-                    self._reader.discard(entry.handle)
+                self._discard(entry)
             raise
+
+    def _discard(self, sent: Sent) -> None:
+        """Give back what was not opened; a reader that was closed, or is a parent's, has nothing left to give."""
+        if sent.handle is not None and self._reader is not None:
+            with suppress(ClosedError):
+                self._reader.discard(sent.handle)
 
     def _agreed(self, sent: Sent, take: Callable[[Sent], T]) -> T:
         """What `take` gives; where the policy asks for it, only if every rank got it, else from inline bytes."""

@@ -137,6 +137,7 @@ class HeaderReader:
 
     def __init__(self, fd: int, base: int, slots: int, ready: posix_ipc.Semaphore) -> None:
         self._fd = fd
+        self._pid = os.getpid()
         self._base = base
         self._slots = slots
         self._ready: posix_ipc.Semaphore | None = ready
@@ -162,7 +163,8 @@ class HeaderReader:
         """End a `receive` that waits, and let go of the semaphore, which nobody may be waiting on then."""
         self._closed = True
         ready = self._ready
-        if ready is not None:
+        # In a forked child the semaphore is the parent's, and the descriptor closed with all others of the file.
+        if ready is not None and self._pid == os.getpid():
             with suppress(OSError, ValueError, posix_ipc.Error):
                 ready.release()
             with self._lock:

@@ -48,6 +48,7 @@ class Semaphores:
 
     def __init__(self) -> None:
         self._names: list[str] = []
+        self._pid = os.getpid()
 
     def make(self, name: str) -> posix_ipc.Semaphore:
         """A new one."""
@@ -61,7 +62,9 @@ class Semaphores:
             raise
 
     def unlink(self) -> bool:
-        """Remove every name; whether none is left."""
+        """Remove every name; whether none is left. In a forked child they are not its own."""
+        if os.getpid() != self._pid:
+            return True
         self._names = [name for name in self._names if not _unlinked(name)]
         return not self._names
 

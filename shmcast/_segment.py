@@ -9,6 +9,7 @@ import mmap
 import os
 import resource
 import stat
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
@@ -23,7 +24,7 @@ from shmcast._room import SHM, remedy, room
 from shmcast.errors import ArenaFull, LayoutError, PeerDied
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 Isolation = Literal["cow", "guard", "shared"]
 
@@ -32,6 +33,8 @@ MAX_PRIVATE: Final = 64
 
 _maps: WeakKeyDictionary[mmap.mmap, tuple[int, int]] = WeakKeyDictionary()  # mapping -> (device, inode)
 _segments: WeakSet[Segment] = WeakSet()
+_unmapped: set[int] = set()  # descriptors of segments that have no mapping yet
+_no_fork = threading.RLock()  # held by who adds to these, and by who forks
 
 
 def isolation_of(isolation: Isolation | None, *, pin: bool) -> Isolation:
@@ -104,7 +107,7 @@ def create(name: str, header: SegmentHeader) -> Segment:
     SIGKILL in the middle: it has no name before it is complete and locked.
     """
     try:
-        draft = os.open(SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE)
+        draft = _opened(lambda: os.open(SHM, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE))
     except FileNotFoundError:
         raise ArenaFull(f"{name}: there is no {SHM}; {header.size} bytes are wanted: mount a tmpfs there") from None
     except OSError as error:
@@ -124,18 +127,18 @@ def create(name: str, header: SegmentHeader) -> Segment:
                 posix_ipc.unlink_shared_memory(name)
             raise
     finally:
-        os.close(draft)
+        _close(draft)
 
 
 def _open_new(name: str, header: SegmentHeader) -> Segment:
     """Map what was linked: opened by its name, since /proc shows what it was opened as."""
-    fd = open_memory(name)
+    fd = _opened(lambda: open_memory(name))
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
         mapping = _map(fd, header.size, mmap.MAP_SHARED)
         populate(mapping, MADV_POPULATE_WRITE)
     except BaseException:
-        os.close(fd)
+        _close(fd)
         raise
     return Segment(name, header, fd, mapping)
 
@@ -153,7 +156,7 @@ def attach(name: str, expected: SegmentHeader, isolation: Isolation) -> Segment:
         if isolation == "guard":
             protect(mapping)
     except BaseException:
-        os.close(fd)
+        _close(fd)
         raise
     return Segment(name, header, fd, mapping)
 
@@ -164,7 +167,7 @@ def attach_ring(name: str, expected: SegmentHeader, reader: int) -> Segment:
     try:
         mapping = _map(fd, ring_size(header.entries), mmap.MAP_SHARED, ring_offset(reader, header.entries))
     except BaseException:
-        os.close(fd)
+        _close(fd)
         raise
     return Segment(name, header, fd, mapping)
 
@@ -172,7 +175,7 @@ def attach_ring(name: str, expected: SegmentHeader, reader: int) -> Segment:
 def open_checked(name: str, expected: SegmentHeader) -> tuple[int, SegmentHeader]:
     """A descriptor of the segment called `name`, locked shared, and its header, known to be what we expect."""
     try:
-        fd = open_memory(name)
+        fd = _opened(lambda: open_memory(name))
     except FileNotFoundError:
         raise PeerDied(
             f"no segment {name}: rank {expected.rank}, its writer, is gone, or is in another mount or IPC namespace: "
@@ -183,10 +186,10 @@ def open_checked(name: str, expected: SegmentHeader) -> tuple[int, SegmentHeader
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return fd, _check(name, fd, expected)
     except BlockingIOError:
-        os.close(fd)
+        _close(fd)
         raise PeerDied(f"{name} is being removed: rank {expected.rank}, its writer, is dead: make a new one") from None
     except BaseException:
-        os.close(fd)
+        _close(fd)
         raise
 
 
@@ -231,13 +234,29 @@ def _link(fd: int, name: str) -> None:
 
 
 def _map(fd: int, size: int, flags: int, offset: int = 0) -> mmap.mmap:
-    mapping = mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
-    mapping.madvise(mmap.MADV_DONTFORK)
-    if flags == mmap.MAP_PRIVATE:
-        unlock(mapping)
-    status = os.fstat(fd)
-    _maps[mapping] = (status.st_dev, status.st_ino)
+    with _no_fork:
+        mapping = mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+        mapping.madvise(mmap.MADV_DONTFORK)
+        if flags == mmap.MAP_PRIVATE:
+            unlock(mapping)
+        status = os.fstat(fd)
+        _maps[mapping] = (status.st_dev, status.st_ino)
+        _unmapped.discard(fd)
     return mapping
+
+
+def _opened(opens: Callable[[], int]) -> int:
+    """A descriptor that a forked child closes, also before there is a mapping that tells its inode."""
+    with _no_fork:
+        fd = opens()
+        _unmapped.add(fd)
+    return fd
+
+
+def _close(fd: int) -> None:
+    with _no_fork:
+        _unmapped.discard(fd)
+        os.close(fd)
 
 
 def _reserve(name: str, fd: int, size: int) -> None:
@@ -264,6 +283,10 @@ def _forget() -> None:
     The mappings are not there (MADV_DONTFORK), but their objects are, and freeing one would unmap whatever the child
     has at that address by then: they must never be freed. `mmap` hides its descriptor, so we look for the inodes.
     """
+    _no_fork.release()
+    for fd in _unmapped:
+        os.close(fd)
+    _unmapped.clear()
     inodes = set(_maps.values())
     for mapping in list(_maps):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))
@@ -284,4 +307,5 @@ def _descriptors() -> Iterable[int]:
         return range(os.sysconf("SC_OPEN_MAX"))
 
 
-os.register_at_fork(after_in_child=_forget)
+# The child has the lock that this thread took.
+os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_forget)

@@ -12,8 +12,12 @@ import pickle
 import signal
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,9 @@ import torch
 from shmcast import Admission, Broadcaster, Policy, Reader, SchedulerBackend, Writer, _arena, _reclaim
 from shmcast._points import Point
 from shmcast.errors import PeerDied, ShmcastError
-from tests.support.fates import Fate
+from tests.support.fates import LEFT, Fate, How, end
 from tests.support.ranks import Died, Ranks
+from tests.test_broadcaster import warned
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.faults]
 
@@ -93,11 +98,13 @@ def collective(rank: int, reached: Any, control: str) -> list[str]:
     except ShmcastError as error:
         return [type(error).__name__]
     held: deque[tuple[int, Any]] = deque(maxlen=2)
-    told = []
+
+    def materialize(seed: int) -> str:
+        held.append((seed, group.materialize(seed, make)))
+        return judge(held[-1][1], seed)
+
     with group:
-        for seed in range(REQUESTS):
-            held.append((seed, group.materialize(seed, make)))
-            told.append(judge(held[-1][1], seed))
+        told = [attempt(partial(materialize, seed)) for seed in range(REQUESTS)]
         until(lambda: given_back(group))
     assert all(judge(got, seed) for seed, got in held)
     return told
@@ -187,13 +194,9 @@ def ends(rank: int, reached: Any, folder: Path, write: Any) -> list[str]:
             told: list[str] = write(writer)
             until(lambda: all(is_gone(folder, other) for other in range(1, RANKS)) and given_back(writer))
         return told
-    told = []
-    try:
-        address = hear(folder, "address")
-        if address is not None:
-            told = read(pickle.loads(address), rank - 1, reached)
-    finally:
-        say(folder, f"done-{rank}")
+    address = hear(folder, "address")
+    told = [] if address is None else read(pickle.loads(address), rank - 1, reached)
+    say(folder, f"done-{rank}")
     return told
 
 
@@ -255,8 +258,24 @@ def admission(rank: int, reached: Any, folder: Path) -> list[str]:
 def play(rank: int, scene: Scene, fates: Fates, folder: str, timeout: float = TIMEOUT) -> list[str]:
     setattr(_arena, "STEP", STEP)  # noqa: B010
     SECONDS[:] = [timeout]
-    mine = fates.get(rank)
-    told = scene(rank, mine or (lambda _: None), Path(folder))
+    mine, here = fates.get(rank), os.getpid()
+    # Nobody dies while others still connect: that is gloo's to bear.
+    say(Path(folder), f"in-{rank}")
+    until(lambda: all((Path(folder) / f"in-{other}").exists() for other in range(RANKS)))
+    if mine:
+        mine.prepare()
+    try:
+        with warned() as lines:
+            told = scene(rank, mine or (lambda _: None), Path(folder))
+    except SystemExit as left:
+        end(left.code if isinstance(left.code, int) else 1)
+    finally:
+        if os.getpid() != here:
+            traceback.print_exc()
+            os._exit(1)
+    if any(fate.how == "fork" for fate in fates.values()):
+        assert not lines, f"nobody falls back for a fork: {lines}"
+        assert not (mine and mine.child), "a forked child ended badly"
     gc.collect()
     say(Path(folder), f"over-{rank}")
     return told
@@ -288,6 +307,14 @@ READERS = (
 )
 
 
+# How else a process may end, and its exit code then.
+OTHER_ENDS: dict[How, int] = {
+    "term": -signal.SIGTERM,
+    "leave": LEFT,
+    "fork": 0,
+    "orphan": -signal.SIGKILL,
+}
+
 # What may be in a constructor still.
 EARLY = {
     *(Point.CREATED, Point.GROWN, Point.UNLINKING),
@@ -302,15 +329,17 @@ def happens(scene: Scene, fate: Fate) -> bool:
     return fate.point is not Point.POSTING or scene in BY_RING
 
 
+def tried(fates: tuple[Fate, ...]) -> tuple[Fate, ...]:
+    return fates if ROUNDS else tuple({fate.point: fate for fate in fates}.values())
+
+
 def cases() -> Iterator[Any]:
-    writers, readers = WRITERS, READERS
-    if not ROUNDS:
-        writers, readers = (tuple({fate.point: fate for fate in fates}.values()) for fates in (WRITERS, READERS))
+    writers, readers = tried(WRITERS), tried(READERS)
     for scene in SCENES:
-        for role, fates in (("writer", writers), ("reader", readers)):
+        for victim, fates in ((0, writers), (RANKS - 1, readers)):
             for fate in fates:
                 if happens(scene, fate):
-                    victim = 0 if role == "writer" else RANKS - 1
+                    role = "reader" if victim else "writer"
                     yield pytest.param(scene, {victim: fate}, id=f"{scene.__name__}-{role}-{fate}")
         for number, fate in enumerate(writers):
             other = readers[number % len(readers)]
@@ -351,6 +380,9 @@ def check_survivor(scene: Scene, fates: Fates, rank: int, told: list[str]) -> No
     early = any(fate.point in EARLY and fate.nth <= 2 for fate in fates.values())
     # Its own group is connected rank by rank: one may be at work, and die, before another one is through.
     early = early or scene is gathered
+    if scene in (group, ring) and 0 in fates and fates[0].how == "leave" and "MaterializeError" in told:
+        # The call in the middle of which the entry rank left ends with that for all.
+        told[told.index("MaterializeError")] = RIGHT
     if scene in IN_GROUPS:
         # All hold raw: once there is a group, every request is there, whatever happens to others.
         assert told == [RIGHT] * REQUESTS or (early and told in (["ShmcastError"], ["ControlBroken"])), told
@@ -358,6 +390,70 @@ def check_survivor(scene: Scene, fates: Fates, rank: int, told: list[str]) -> No
         assert told in ([], [RIGHT] * REQUESTS, *([RIGHT] * n + ["PeerDied"] for n in range(REQUESTS))), told
     else:
         assert told == [RIGHT] * REQUESTS
+
+
+def other_ends() -> Iterator[Any]:
+    """As `cases`, for one that does not die of SIGKILL; without rounds, at each point of one scene only."""
+    for how in OTHER_ENDS:
+        for victim, fates in ((0, tried(WRITERS)), (RANKS - 1, tried(READERS))):
+            for number, fate in enumerate(fates if ROUNDS or how != "term" else fates[::4]):
+                scenes = [scene for scene in (SCENES if ROUNDS else (group, spread)) if happens(scene, fate)]
+                for scene in scenes if ROUNDS else [scenes[number % len(scenes)]]:
+                    role = "reader" if victim else "writer"
+                    name = f"{how}-{scene.__name__}-{role}-{fate}"
+                    yield pytest.param(scene, victim, replace(fate, how=how), id=name)
+
+
+@contextmanager
+def orphanage(fifo: Path) -> Iterator[Callable[[], bool]]:
+    """Orphans live as long as this does. What it gives tells whether there is any."""
+    os.mkfifo(fifo)
+    early = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    holder = os.open(fifo, os.O_WRONLY)
+    os.close(early)
+
+    def inhabited() -> bool:
+        try:
+            os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    try:
+        yield inhabited
+    finally:
+        os.close(holder)
+        until(lambda: not inhabited())
+
+
+@pytest.mark.parametrize("lap", range(max(1, ROUNDS)))
+@pytest.mark.parametrize(("scene", "victim", "fate"), list(other_ends()))
+def test_who_leaves_or_forks_anywhere_leaves_others_and_names_in_order(
+    forked: Ranks, tmp_path: Path, scene: Scene, victim: int, fate: Fate, lap: int
+) -> None:
+    fates = {} if fate.how == "fork" else {victim: fate}
+    dies, may_die = (fates, ()) if fate.how in ("term", "orphan") else ((), fates)
+    with orphanage(tmp_path / "lives") as inhabited:
+        mine = {victim: replace(fate, lives=str(tmp_path / "lives"))}
+        # Python ignores what a handler raises in a finalizer: the process stays, and what that was to give back.
+        check = fate.how != "leave"
+        # A child takes its time on a busy machine, and nobody is to fall back for it.
+        timeout = DEADLINE_SECONDS if fate.how == "fork" else TIMEOUT
+        round = forked.start(RANKS, play, scene, mine, str(tmp_path), timeout, dies=dies, may_die=may_die, check=check)
+        try:
+            results = round.results(DEADLINE_SECONDS)
+        finally:
+            left = names()
+            _reclaim.sweep()
+        assert not names(), "a child that lives keeps no name from being swept"
+        assert inhabited() == (fate.how == "orphan")
+    for rank, told in enumerate(results):
+        if isinstance(told, Died):
+            assert told.exitcode == OTHER_ENDS[fate.how]
+        else:
+            check_survivor(scene, fates, rank, told)
+    if fate.how in ("fork", "leave"):
+        assert not left, "nobody was killed"
 
 
 STOPPED = [

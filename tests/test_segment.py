@@ -629,6 +629,58 @@ def test_a_child_has_neither_descriptor_nor_mapping() -> None:
     )
 
 
+AMID = """
+import fcntl, os, secrets, sys
+from shmcast import _segment
+from shmcast._layout import PAGE, Kind, SegmentHeader
+
+told = []
+
+def links():
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink("/proc/self/fd/" + fd))
+        except OSError:
+            pass
+    return [link for link in found if link.startswith("/dev/shm/")]
+
+def forking(owner, name):
+    real = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        done = real(*args, **kwargs)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(len(links()))
+        told.append((name, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+        return done
+
+    setattr(owner, name, call)
+
+for owner, name in ((os, "posix_fallocate"), (os, "link"), (os, "pread"), (fcntl, "flock"), (_segment, "populate")):
+    forking(owner, name)
+token = secrets.token_bytes(16)
+header = SegmentHeader(Kind.ARENA, token, 0, 0, 8 * PAGE)
+name = f"/shmcast-{token.hex()}-0-0"
+segment = _segment.create(name, header)
+try:
+    _segment.attach(name, header, "cow")
+finally:
+    segment.unlink()
+for amid, links in told:
+    print(amid, links)
+"""
+
+
+def test_a_child_that_is_forked_while_a_segment_is_made_or_attached_has_no_descriptor_of_it() -> None:
+    """One that it kept would keep the memory, and the lock of a dead process."""
+    done = subprocess.run([sys.executable, "-c", AMID], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    amid = ["flock", "posix_fallocate", "link", "flock", "populate", "flock", "pread"]
+    assert done.stdout.splitlines() == [f"{name} 0" for name in amid]
+
+
 def test_a_child_that_frees_the_objects_unmaps_nothing_and_closes_nothing() -> None:
     forked(
         """
