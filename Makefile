@@ -43,8 +43,8 @@ format: $(SETUP) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-matrix: $(SETUP) ## kill every end at every point, 20 times over: make matrix ROUNDS=3
-	@MATRIX_ROUNDS=$(or $(ROUNDS),20) $(BIN)/python -m pytest tests/test_matrix.py $(ARGS)
+matrix: $(SETUP) ## end every process at every point, 20 times over, and fail every call: make matrix ROUNDS=3
+	@MATRIX_ROUNDS=$(or $(ROUNDS),20) $(BIN)/python -m pytest tests/test_matrix.py tests/test_failing_calls.py $(ARGS)
 
 fuzz: $(SETUP) ## feed hostile bytes to the parsers: make fuzz ARGS="skeleton --seconds 60"
 	@$(BIN)/python -m fuzz.run $(ARGS)

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from shmcast import Broadcaster, Policy, _arena
 from shmcast._reclaim import sweep
 from shmcast.errors import ArenaFull, LayoutError, PeerDied, StaleHandle
+from shmcast.scheduler import SchedulerBackend
 from shmcast.transport import Reader, Writer
-from tests.support.failing import MAIN, READER, UNLINK, Failing
+from tests.support.failing import MAIN, PLANE, READER, UNLINK, Failing
 from tests.support.forks import ForkFailed, fork
 from tests.support.leaks import Snapshot, wait_until_clean
 from tests.support.ranks import Ranks
@@ -259,7 +260,7 @@ def test_any_call_may_fail(ranks: Ranks, scenario: str, code: int, lasts: bool) 
 # A group: whichever call of one rank fails, every rank has every object.
 
 
-def meet(rank: int, failing: Failing, victim: int) -> bool:
+def meet(rank: int, failing: Failing, victim: int, placement: str) -> bool:
     """Join, receive and leave, while a call of one rank fails; whether all came."""
     with Broadcaster(policy=Policy(wait=0.1), capacity=16 * MIB, timeout=20) as group:
         well = True
@@ -274,8 +275,27 @@ def meet(rank: int, failing: Failing, victim: int) -> bool:
         return well and torch.equal(got["a"], payload(5) * 2)
 
 
-def meet_each(rank: int, code: int, thread: str, victim: int) -> list[str]:
-    """`meet` with the first call failing, the second, and so on: what failed."""
+def schedule(rank: int, failing: Failing, victim: int, placement: Any) -> bool:
+    """Join, hand in, take and leave, while a call of one rank fails; whether all came."""
+    policy = Policy(wait=0.1, route="shm", local_below=0)
+    try:
+        backend = SchedulerBackend(fn=double, placement=placement, policy=policy, capacity=16 * MIB, timeout=20)
+    except OSError as error:
+        # It has no threads, and leaves; the others make everything themselves.
+        return rank == victim and error.errno == errno.EAGAIN and "start" in failing.failed
+    with backend:
+        well = True
+        for batch in ({1: SIZE, 3: SIZE}, {2: LARGE, 4: SIZE}, {5: SIZE}):
+            if rank == victim and 5 in batch:
+                failing.__exit__(None, None, None)
+            backend.submit([(seed, {"a": payload(seed, size)}) for seed, size in batch.items()])
+            for seed, size in batch.items():
+                well = torch.equal(backend.take(seed, 60)["a"], payload(seed, size) * 2) and well
+        return well
+
+
+def meet_each(rank: int, how: str, code: int, thread: str, victim: int) -> list[str]:
+    """`meet` or `schedule` with the first call failing, the second, and so on: what failed."""
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_arena, "STEP", STEP)
@@ -283,7 +303,7 @@ def meet_each(rank: int, code: int, thread: str, victim: int) -> list[str]:
             before = Snapshot.take(rank=True)
             with Failing(number, code, thread if rank == victim else "nobody's") as failing:
                 try:
-                    well = meet(rank, failing, victim)
+                    well = (meet if how == "group" else schedule)(rank, failing, victim, how)
                 except Exception as error:
                     raise AssertionError(f"rank {rank}; on rank {victim} {failing.failed}") from error
             dist.barrier()
@@ -298,10 +318,28 @@ def meet_each(rank: int, code: int, thread: str, victim: int) -> list[str]:
     raise AssertionError("it never ends")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.EACCES], ids=name_of)
-def test_a_group_has_its_objects_whichever_call_fails(ranks: Ranks, code: int, victim: int) -> None:
-    for thread in (MAIN, READER) if victim else (MAIN,):
-        told = ranks.run(2, meet_each, code, thread, victim, timeout=100)
-        print(f"group, {errno.errorcode[code]} on {thread} of rank {victim}: {len(told[0])} calls failed")
-        assert told[0]
+ALL = [
+    (how, code, victim)
+    for how in ("group", "entry", "spread")
+    for code in (errno.EMFILE, errno.ENOMEM, errno.EACCES)
+    for victim in (0, 1)
+]
+SOME = [case for case in ALL if case[0] == "group"]
+SOME += [("entry", errno.ENOMEM, 0), ("entry", errno.ENOMEM, 1), ("spread", errno.EMFILE, 0)]
+
+
+TRIED = ALL if "MATRIX_ROUNDS" in os.environ else SOME
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("how", "code", "victim"), TRIED, ids=[f"{how}-{errno.errorcode[code]}-{victim}" for how, code, victim in TRIED]
+)
+def test_all_have_their_objects_whichever_call_fails(ranks: Ranks, how: str, code: int, victim: int) -> None:
+    threads = [MAIN] if how == "group" else [MAIN, PLANE]
+    if victim or how == "spread":
+        threads.append(READER)
+    for thread in threads:
+        told = ranks.run(2, meet_each, how, code, thread, victim, timeout=100)
+        print(f"{how}, {errno.errorcode[code]} on {thread} of rank {victim}: {len(told[0])} calls failed")
+        assert told[0] or thread != MAIN

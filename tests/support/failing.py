@@ -26,6 +26,7 @@ from shmcast import _pages
 MAIN: Final = "MainThread"
 READER: Final = "shmcast-reader"
 UNLINK: Final = "shmcast-unlink"
+PLANE: Final = "shmcast-plane"
 
 NAMED = (errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.EINTR)
 
