@@ -40,6 +40,7 @@ SIZE = 100_000
 HURRY = Policy(wait=0.05)
 TINY = World("size=1m")
 SMALL = World("size=64m")
+HUGE = World("size=64m,huge=always")
 ABSENT = World("none")
 READ_ONLY = World("size=64m", read_only=True)
 STRANGER = World(nobody=True)
@@ -110,7 +111,11 @@ def fits(size: int) -> tuple[bool, str]:
         return use(writer, size), refusal(lambda: writer.publish(payload(1, 20 * MIB)))
 
 
-@pytest.mark.parametrize(("world", "size"), [(TINY, SIZE), (SMALL, 8 * MIB)], ids=["1 MiB", "64 MiB"])
+@pytest.mark.parametrize(
+    ("world", "size"),
+    [(TINY, SIZE), (SMALL, 8 * MIB), (HUGE, SIZE), (HUGE, 8 * MIB)],
+    ids=["1 MiB", "64 MiB", "64 MiB of huge pages, a small message", "64 MiB of huge pages"],
+)
 def test_a_small_shm_takes_what_fits(ranks: Ranks, world: World, size: int) -> None:
     whole, text = there(ranks, world, fits, size)
     assert whole
@@ -481,6 +486,7 @@ HOLDS, SENDS = Policy(wait=0.05), Policy(wait=0.05, peers_hold_raw=False)
 GROUPS: dict[str, tuple[World, list[World], str, str, str]] = {
     "1 MiB": (TINY, [HERE] * 3, "shm", "full", "no block of"),
     "64 MiB": (SMALL, [HERE] * 3, "shm", "full", "no block of"),
+    "64 MiB of huge pages": (HUGE, [HERE] * 3, "shm", "full", "no block of"),
     "none": (ABSENT, [HERE] * 2, "local", "disabled", f"there is no {SHM}"),
     "read-only": (READ_ONLY, [HERE] * 2, "local", "disabled", "Read-only file system"),
     "another mount namespace": (HERE, [HERE, HERE, SMALL], "local", "disabled", "is in another mount"),
