@@ -258,7 +258,7 @@ class Writer:
         try:
             reached(Point.GRANTED)
         except BaseException:
-            self._arena.withdraw(handle)
+            self.withdraw(handle)
             raise
         return handle
 
