@@ -68,7 +68,8 @@ class Admission:
 
     Args:
         writer: publishes; it belongs to the caller, who closes it after this.
-        fn: makes the inputs out of raw ones, on several threads at once. It must not call this object.
+        fn: makes the inputs out of raw ones, on several threads at once. It must not call this object. Where it gives
+            None nothing is published, and the request goes on as it came.
         workers: threads that run `fn` and publish.
         max_held_bytes: the most bytes of raw's tensors that may be held; a request beyond it goes on raw.
         readers: the indices of those who open; default all of the writer's.
@@ -151,8 +152,8 @@ class Admission:
         """What can go on now, each once, by key, in the order in which it was held.
 
         Beside the key stands a `Handle`: every reader can open it once. An exception: `fn` raised it, the request is
-        bad. None: the request goes on as it came, with its raw inputs if it has any: there was no room to hold it, or
-        it could not be published. `stats().fallbacks` counts these.
+        bad. None: the request goes on as it came, with its raw inputs if it has any: there was no room to hold it,
+        `fn` gave None, or it could not be published. `stats().fallbacks` counts all but the second.
 
         Args:
             timeout: seconds to wait until there is something, or until `close`; 0 never waits.
@@ -284,7 +285,7 @@ class Admission:
 
     def _finish(self, request: _Request, obj: object, outcome: Outcome) -> None:
         request.raw = None
-        if outcome is None and self._wants(request):
+        if outcome is None and obj is not None and self._wants(request):
             outcome = self._publish(obj)
         with self._lock:
             kept = self._wants(request)

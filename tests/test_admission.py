@@ -462,6 +462,14 @@ def test_what_cannot_travel_goes_raw(admission: Admission, gate: Gate, caplog: p
     assert "NotAllowed: object[0]" in said or "Strange" in said
 
 
+def test_where_fn_gives_nothing_the_request_goes_as_it_came(writer: Writer) -> None:
+    with Admission(writer, lambda raw: None) as admission:
+        admission.hold("a", image("a"))
+        assert admission.ready(DEADLINE_SECONDS) == [("a", None)]
+        assert writer.stats().live_blocks == 0
+        assert not admission.stats().fallbacks
+
+
 def test_a_full_arena_is_no_error_of_a_request(
     admission: Admission, gate: Gate, writer: Writer, caplog: pytest.LogCaptureFixture
 ) -> None:
