@@ -18,7 +18,7 @@ import zmq
 
 from shmcast._sent import describe
 from shmcast._wire import Handle
-from shmcast.integrations.sglang._tickets import Failure, Ticket
+from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket, carried
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -97,9 +97,21 @@ class Gate:
         parts = self._release.parts(request)
         if all(self._release.raw_of(part) is None for part in parts):
             return None
+        for part in parts:
+            self._recognise(part)
         self._release.unwrap(request)
         raws = [self._release.raw_of(part) for part in parts]
+        if all(raw is None or (isinstance(raw, RawTicket) and raw.known) for raw in raws):
+            return None
         return raws if all(raw is None or self._release.can_hold(raw) for raw in raws) else None
+
+    def _recognise(self, part: Any) -> None:
+        """Put a ticket in the place of a carrier from the tokenizer."""
+        raw = self._release.raw_of(part)
+        items = [] if raw is None else self._release.items(raw)
+        ticket = carried(items[0].feature) if len(items) == 1 else None
+        if ticket is not None:
+            self._release.set_raw(part, ticket)
 
     def _let_out(self) -> None:
         """Move what is ready from the admission to the scheduler."""
@@ -119,8 +131,16 @@ class Gate:
                 continue
             if all(named):
                 for part in self._release.parts(held.request):
-                    self._release.set_raw(part, None)
+                    self._drop(part)
             self._out.append(self._forget(key))
+
+    def _drop(self, part: Any) -> None:
+        """Let a part go on without inputs. The tokenizer's leases come back on each rank: their ticket stays."""
+        raw = self._release.raw_of(part)
+        if isinstance(raw, RawTicket):
+            raw.dropped = True
+        else:
+            self._release.set_raw(part, None)
 
     def _forget(self, key: int) -> Any:
         held = self._held.pop(key)
@@ -136,7 +156,7 @@ class Gate:
             return
         for number, part in enumerate(self._release.parts(request)):
             raw = self._release.raw_of(part)
-            if raw is not None:
+            if raw is not None and not isinstance(raw, RawTicket):
                 self._release.set_raw(part, Ticket(bytes(outcome), number, raw))
 
     def _session_of(self, request: Any) -> Hashable:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from shmcast.integrations.sglang._gate import Gate
+from shmcast.integrations.sglang._joining import ADDRESS
+from shmcast.integrations.sglang._tokenizer import close_writers, find_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,11 +26,15 @@ links: WeakKeyDictionary[Any, Link] = WeakKeyDictionary()
 
 def replace_targets(release: Release, settings: Settings) -> list[Callable[[], None]]:
     """Replace them; what puts each back."""
+    # A launcher's schedulers launch none: they inherit the address.
+    launches = settings.tokenizer and ADDRESS not in os.environ
+    targets = find_targets(release, settings) if launches else []
     undo = [_replace(release.scheduler, "__init__", functools.partial(_linking, release, settings)), _close_links]
     with suppress(ModuleNotFoundError):
         receiver = importlib.import_module("sglang.srt.managers.scheduler_components.request_receiver")
         undo.append(_replace(receiver, "sock_recv", _receiving))
-    return undo
+    undo += [_replace(*target) for target in targets]
+    return [*undo, close_writers]
 
 
 def link(scheduler: Any, release: Release, settings: Settings) -> Link:

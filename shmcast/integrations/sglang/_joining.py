@@ -9,9 +9,10 @@ all ranks of a replica come to the same end.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch.distributed as dist
 
@@ -27,25 +28,33 @@ if TYPE_CHECKING:
 
     from shmcast.integrations.sglang._settings import Settings
 
+ADDRESS: Final = "SHMCAST_SGLANG_ADDRESS"
+"""The environment variable by which schedulers inherit the address of their tokenizer's writer, in hex."""
+
 ALLOW: tuple[type | str, ...] = ("sglang", Failure)
+
+log = logging.getLogger("shmcast")
 
 
 class Shared(NamedTuple):
     """One rank's ends of a replica's memory.
 
-    `writer`: on its entry rank. `reader`: on every rank. `stage`: this pipeline stage's ranks of it, None where there
-    is one. `entry`: the global rank of the first of these.
+    `writer`: on its entry rank. `reader`: on every rank. `tokenizer`: on every rank or on none. `stage`: this pipeline
+    stage's ranks of it, None where there is one. `entry`: the global rank of the first of these.
     """
 
     place: Place
     ranks: int
     writer: Writer | None
     reader: Reader
+    tokenizer: Reader | None
     stage: ProcessGroup | None
     entry: int
 
     def close(self) -> None:
         self.reader.close()
+        if self.tokenizer is not None:
+            self.tokenizer.close()
         if self.writer is not None:
             self.writer.close()
         if self.stage is not None:
@@ -61,12 +70,13 @@ class Apart(NamedTuple):
 
 @dataclass(frozen=True)
 class _Said:
-    """What one rank says in an exchange."""
+    """What one rank says in an exchange. `attached`: to whose tokenizer, or why not."""
 
     place: Place
     settings: Settings
     trouble: str
     address: bytes = b""
+    attached: str = ""
 
 
 def share(scheduler: Any, settings: Settings) -> Shared | Apart:
@@ -77,6 +87,7 @@ def share(scheduler: Any, settings: Settings) -> Shared | Apart:
     mine = _Said(place, settings, unfit(scheduler, settings))
     writer: Writer | None = None
     reader: Reader | None = None
+    tokenizer: Reader | None = None
 
     said = _exchange(group, mine)
     replica = [other for other in range(len(said)) if said[other].place.replica == place.replica]
@@ -98,11 +109,18 @@ def share(scheduler: Any, settings: Settings) -> Shared | Apart:
             reader = Reader(Address.parse(said[replica[0]].address), replica.index(rank), allow=ALLOW)
         except Exception as error:
             mine = replace(mine, trouble=describe(error))
+        tokenizer, attached = _attach(len(replica), replica.index(rank), settings)
+        mine = replace(mine, attached=attached)
     said = _exchange(group, mine)
     why = why or _trouble(said, replica)
+    if tokenizer is not None and any(said[other].attached != mine.attached for other in replica):
+        tokenizer.close()
+        tokenizer = None
+    if not why and settings.tokenizer and tokenizer is None and place.receives:
+        log.warning("the tokenizer sends as in stock: %s", [said[other].attached or "not tried" for other in replica])
 
     if why or reader is None:
-        for end in (reader, writer):
+        for end in (reader, tokenizer, writer):
             if end is not None:
                 end.close()
         return Apart(place, why)
@@ -111,7 +129,7 @@ def share(scheduler: Any, settings: Settings) -> Shared | Apart:
     if len(ranks) > 1:
         # With its members only: each rank of the world makes exactly one, and waits for no other stage's.
         stage = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return Shared(place, len(replica), writer, reader, stage, ranks[0])
+    return Shared(place, len(replica), writer, reader, tokenizer, stage, ranks[0])
 
 
 def unfit(scheduler: Any, settings: Settings) -> str:
@@ -130,6 +148,20 @@ def unfit(scheduler: Any, settings: Settings) -> str:
     if os.environ.get("SGLANG_MM_BUFFER_SIZE_MB", "0") not in ("", "0"):
         return "SGLANG_MM_BUFFER_SIZE_MB: one GPU buffer for all requests, which two threads cannot fill"
     return ""
+
+
+def _attach(ranks: int, index: int, settings: Settings) -> tuple[Reader | None, str]:
+    """This rank's end of the tokenizer's memory, and what to say of it: its address, or why there is none."""
+    text = os.environ.get(ADDRESS, "")
+    if not settings.tokenizer or not text:
+        return None, f"no {ADDRESS}"
+    try:
+        address = Address.parse(bytes.fromhex(text))
+        if address.readers != ranks:
+            return None, f"the tokenizer publishes for {address.readers} ranks, here are {ranks}"
+        return Reader(address, index, allow=ALLOW), text
+    except Exception as error:
+        return None, describe(error)
 
 
 def _exchange(group: ProcessGroup, mine: _Said) -> list[_Said]:

@@ -22,7 +22,8 @@ from shmcast.errors import MaterializeError
 from shmcast.integrations.sglang._gate import Gate, maker_of_all
 from shmcast.integrations.sglang._joining import ALLOW, Shared, share
 from shmcast.integrations.sglang._release import flag_group, receive_with
-from shmcast.integrations.sglang._tickets import Failure, Ticket
+from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket
+from shmcast.integrations.sglang._tokenizer_reader import TokenizerReader
 from shmcast.policy import Policy
 
 if TYPE_CHECKING:
@@ -51,9 +52,12 @@ class Link:
         self._shared: Shared | None = None
         self._gate: Gate | None = None
         self._flag: Broadcaster | None = None
+        self._tokenizer: TokenizerReader | None = None
         shared = share(scheduler, settings)
         if isinstance(shared, Shared):
             self._shared = shared
+            if shared.tokenizer is not None:
+                self._tokenizer = TokenizerReader(shared.tokenizer, release, release.maker(scheduler))
             self._put_gate(shared, settings)
             self._put_settling()
         self._put_making(settings)
@@ -66,10 +70,10 @@ class Link:
         return self._shared is not None
 
     def stats(self) -> dict[str, Stats]:
-        """Of the ends that this rank has: `reader`, and on an entry rank `writer` and `admission`; `flag`."""
+        """Of the ends that this rank has: `reader`, `tokenizer`, `flag`, on an entry rank `writer` and `admission`."""
         ends: dict[str, Any] = {"flag": self._flag}
         if self._shared is not None:
-            ends |= {"reader": self._shared.reader, "writer": self._shared.writer}
+            ends |= {"reader": self._shared.reader, "writer": self._shared.writer, "tokenizer": self._shared.tokenizer}
         if self._gate is not None:
             ends["admission"] = self._gate.admission
         return {name: end.stats() for name, end in ends.items() if end is not None}
@@ -88,7 +92,7 @@ class Link:
             self._flag.close()
         if self._shared is not None:
             self._shared.close()
-        self._gate = self._flag = self._shared = None
+        self._gate = self._flag = self._shared = self._tokenizer = None
 
     def settle(self, requests: Any) -> Any:
         """Open what the tickets among these requests name, alike on all ranks. Returns the requests.
@@ -97,6 +101,7 @@ class Link:
         """
         parts = [part for request in requests or () for part in self._release.parts(request)]
         found = [(part, ticket) for part in parts if isinstance(ticket := self._release.raw_of(part), Ticket)]
+        found = [(part, ticket) for part, ticket in found if not self._drop(part, ticket)]
         if not found:
             return requests
         messages: dict[bytes, list[Ticket]] = {}
@@ -117,15 +122,34 @@ class Link:
 
     def _open(self, handle: bytes, tickets: list[Ticket]) -> bool:
         """Whether this rank could."""
+        reader = self._ends.reader
         try:
-            inputs: Any = self._ends.reader.open(Handle.parse(handle))
+            if isinstance(tickets[0], RawTicket):
+                reader = self._borrowed.reader
+                self._borrowed.open(tickets[0])
+                return True
+            inputs: Any = reader.open(Handle.parse(handle))
             for ticket in tickets:
                 ticket.inputs = inputs[ticket.number]
         except Exception as error:
             log.warning("this rank cannot open a request's inputs, all get the raw ones: %s", describe(error))
             with suppress(Exception):
-                self._ends.reader.discard(Handle.parse(handle))
+                reader.discard(Handle.parse(handle))
             return False
+        return True
+
+    def _drop(self, part: Any, ticket: Ticket) -> bool:
+        """Whether a request was aborted while it was held: then this rank's lease goes back, and it has no inputs.
+
+        Not where stages follow, which need the ticket for that: there it is opened as any.
+        """
+        ends = self._ends
+        if not (isinstance(ticket, RawTicket) and ticket.dropped):
+            return False
+        if ends.stage is None or dist.get_world_size(ends.stage) < ends.ranks:
+            return False
+        self._borrowed.discard(ticket)
+        self._release.set_raw(part, None)
         return True
 
     def _send_raw(self, tickets: list[Ticket]) -> None:
@@ -135,6 +159,9 @@ class Link:
         if ends.stage is not None:
             dist.broadcast_object_list(raws, src=ends.entry, group=ends.stage)
         for ticket, raw in zip(tickets, raws[0], strict=True):
+            if raw is None and ends.place.stage == 0 and self._release.request_errors:
+                ticket.inputs = Failure("Multimodal inputs were lost between the tokenizer and the TP entry rank")
+                continue
             if raw is None:
                 raise MaterializeError(
                     f"pipeline stage {ends.place.stage} cannot open a request's inputs, and the raw ones stayed in "
@@ -166,6 +193,12 @@ class Link:
             raise RuntimeError("a ticket came to a scheduler that shares nothing")
         return self._shared
 
+    @property
+    def _borrowed(self) -> TokenizerReader:
+        if self._tokenizer is None:
+            raise RuntimeError("the tokenizer's ticket came to a scheduler that does not read its memory")
+        return self._tokenizer
+
     def _put(self, name: str, value: Any) -> None:
         self._hidden.setdefault(name, vars(self._scheduler).get(name, _ABSENT))
         setattr(self._scheduler, name, value)
@@ -174,9 +207,8 @@ class Link:
         if shared.writer is None:
             return
         scheduler = self._scheduler
-        admission = Admission(
-            shared.writer, self._make_all, workers=settings.workers, max_held_bytes=settings.held_bytes
-        )
+        make = self._make_all if self._tokenizer is None else self._tokenizer.preparing(self._make_all)
+        admission = Admission(shared.writer, make, workers=settings.workers, max_held_bytes=settings.held_bytes)
         self._gate = gate = Gate(receive_with(scheduler.recv_from_tokenizer), admission, self._release)
         self._put("recv_from_tokenizer", gate)
         sleep = scheduler.maybe_sleep_on_idle

@@ -10,6 +10,7 @@ All of it is found by looking at the classes, never by comparing version numbers
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ class Release:
     version: str
     scheduler: Any
     inputs: Any
+    item: Any
+    processed: Any
+    image: Any
     single: tuple[Any, ...]
     batch: tuple[Any, ...]
     abort: Any
@@ -80,17 +84,51 @@ class Release:
         """The items of raw inputs, or of made ones."""
         return raw["mm_items"] if isinstance(raw, dict) else raw.mm_items  # type: ignore[no-any-return]
 
+    def with_items(self, raw: Any, items: list[Any]) -> Any:
+        """The same raw inputs with other items, in a new object."""
+        if isinstance(raw, dict):
+            return raw | {"mm_items": items}
+        new = copy.copy(raw)
+        new.mm_items = items
+        return new
+
+    def carrier(self, feature: bytes) -> Any:
+        """Raw inputs with nothing but this feature, which no processor gives: whole through pickle and msgpack."""
+        items = [self.item(modality=self.image, feature=feature)]
+        return {"mm_items": items} if self.makes_from_dict else self.processed(mm_items=items)
+
+    def is_hashed(self, raw: Any) -> bool:
+        """Whether making these inputs finds all of them hashed."""
+        return all(item.hash is not None and item.pad_value is not None for item in self._valid(raw))
+
+    def identities(self, raw: Any, made: Any) -> list[dict[str, Any]] | None:
+        """By item, what making wrote into raw inputs; None where it did not keep to the items."""
+        items = self._valid(raw)
+        if len(items) != len(made.mm_items):
+            return None
+        self.write_back(raw, made)
+        return [{name: getattr(item, name) for name in IDENTITY if hasattr(type(item), name)} for item in items]
+
+    def set_identities(self, raw: Any, identities: list[dict[str, Any]] | None) -> None:
+        """Write what another rank's `identities` gave into these raw inputs; None: nothing."""
+        for item, identity in zip(self._valid(raw), identities or (), strict=False):
+            for name, value in identity.items():
+                setattr(item, name, value)
+
     def can_hold(self, raw: Any) -> bool:
         """Whether all tensors of raw inputs are on the CPU: what lies on a GPU, SGLang hands over itself."""
         return not any(_elsewhere(value) for item in self.items(raw) for value in _values(item))
 
     def write_back(self, raw: Any, inputs: Any) -> None:
         """Give this rank's raw items what the maker wrote into the entry rank's: the next pipeline stage reads it."""
-        valid = [item for item in self.items(raw) if item.is_valid()]
-        for item, made in zip(valid, inputs.mm_items, strict=False):
+        for item, made in zip(self._valid(raw), inputs.mm_items, strict=False):
             for name in IDENTITY:
                 if item is not made and hasattr(type(made), name):
                     setattr(item, name, getattr(made, name))
+
+    def _valid(self, raw: Any) -> list[Any]:
+        """The items that making the inputs keeps."""
+        return [item for item in self.items(raw) if item.is_valid()]
 
 
 def find_release() -> Release:
@@ -101,20 +139,23 @@ def find_release() -> Release:
     utils = _module("sglang.srt.managers.mm_utils")
     inputs = _attribute(batch, "MultimodalInputs")
     if not (hasattr(inputs, "from_dict") or hasattr(inputs, "from_processor_output")):
-        raise _unlike("MultimodalInputs has neither from_dict nor from_processor_output")
+        raise unlike("MultimodalInputs has neither from_dict nor from_processor_output")
     cls = _attribute(scheduler, "Scheduler")
-    _check_method(cls, "_process_and_broadcast_mm_inputs", ["self", "raw_mm_inputs"])
+    check_method(cls, "_process_and_broadcast_mm_inputs", ["self", "raw_mm_inputs"])
     if not hasattr(cls, "recv_requests"):
         receiver = _module("sglang.srt.managers.scheduler_components.request_receiver")
         receiver_class = _attribute(receiver, "SchedulerRequestReceiver")
-        _check_method(receiver_class, "recv_requests", ["self"])
+        check_method(receiver_class, "recv_requests", ["self"])
         if "recv_from_tokenizer" not in getattr(receiver_class, "__dataclass_fields__", {}):
-            raise _unlike("SchedulerRequestReceiver has no field recv_from_tokenizer")
-        _check_method(cls, "init_request_receiver", ["self"])
+            raise unlike("SchedulerRequestReceiver has no field recv_from_tokenizer")
+        check_method(cls, "init_request_receiver", ["self"])
     return Release(
         version=str(getattr(_module("sglang.version"), "__version__", "of unknown version")),
         scheduler=cls,
         inputs=inputs,
+        item=_attribute(batch, "MultimodalDataItem"),
+        processed=getattr(batch, "MultimodalProcessorOutput", None),
+        image=_attribute(batch, "Modality").IMAGE,
         single=(_attribute(io, "TokenizedGenerateReqInput"), _attribute(io, "TokenizedEmbeddingReqInput")),
         batch=(_attribute(io, "BatchTokenizedGenerateReqInput"), _attribute(io, "BatchTokenizedEmbeddingReqInput")),
         abort=_attribute(io, "AbortReq"),
@@ -193,27 +234,27 @@ def _elsewhere(value: Any) -> bool:
     return type(value).__name__.endswith("TransportProxy") or not getattr(value, "is_cpu", True)
 
 
-def _check_method(cls: type, name: str, expected: list[str]) -> None:
+def check_method(cls: Any, name: str, expected: list[str]) -> None:
     method = getattr(cls, name, None)
     if method is None:
-        raise _unlike(f"{cls.__name__} has no method {name}")
+        raise unlike(f"{cls.__name__} has no method {name}")
     found = list(inspect.signature(method).parameters)
     if found[: len(expected)] != expected:
-        raise _unlike(f"{cls.__name__}.{name} takes ({', '.join(found)}), not ({', '.join(expected)})")
+        raise unlike(f"{cls.__name__}.{name} takes ({', '.join(found)}), not ({', '.join(expected)})")
 
 
 def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise _unlike(f"there is no module {error.name}") from error
+        raise unlike(f"there is no module {error.name}") from error
 
 
 def _attribute(module: ModuleType, name: str) -> Any:
     if not hasattr(module, name):
-        raise _unlike(f"{module.__name__} has no {name}")
+        raise unlike(f"{module.__name__} has no {name}")
     return getattr(module, name)
 
 
-def _unlike(what: str) -> Unsupported:
+def unlike(what: str) -> Unsupported:
     return Unsupported(f"this SGLang does not look like {SUPPORTED}, nothing of it was replaced: {what}")

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+
+from shmcast._wire import Handle
+
+CARRIED: Final = b"shmcast: raw inputs "
+"""What the feature of a carrier starts with; a digit, whether its items are hashed, and a handle follow."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,46 @@ class Ticket:
         self.raw = raw
         self.inputs: Any = None
 
-    def __reduce__(self) -> tuple[type[Ticket], tuple[bytes, int]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Ticket, (self.handle, self.number)
 
     def get(self, key: str, default: Any = None) -> Any:
         return default
+
+
+class RawTicket(Ticket):
+    """One request's raw inputs, in a message of the tokenizer's on which every rank of its replica has a lease.
+
+    `identities`: by item, what making the inputs wrote, once the entry rank knows it. `known`: no rank has to hash.
+    `dropped`: nobody will use it; its leases are still to be given back. `raw`: what this rank opened.
+    """
+
+    __slots__ = ("dropped", "hashed", "identities")
+
+    def __init__(
+        self, handle: bytes, hashed: bool, identities: list[dict[str, Any]] | None = None, dropped: bool = False
+    ) -> None:
+        super().__init__(handle, 0)
+        self.hashed = hashed
+        self.identities = identities
+        self.dropped = dropped
+
+    @property
+    def known(self) -> bool:
+        return self.hashed or self.identities is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RawTicket, (self.handle, self.hashed, self.identities, self.dropped)
+
+
+def carrier_of(handle: Handle, *, known: bool) -> bytes:
+    """The feature of a carrier: what crosses a socket in place of raw inputs, by pickle or msgpack."""
+    return CARRIED + (b"1" if known else b"0") + bytes(handle)
+
+
+def carried(feature: Any) -> RawTicket | None:
+    """The ticket in a carrier's feature; None where it is none. `LayoutError`: it is a damaged one."""
+    if not isinstance(feature, bytes) or not feature.startswith(CARRIED):
+        return None
+    known, handle = feature[len(CARRIED) :][:1], feature[len(CARRIED) + 1 :]
+    return RawTicket(bytes(Handle.parse(handle)), known == b"1")

@@ -1,0 +1,241 @@
+"""The tokenizer's end, in the launcher's process: raw inputs go into shared memory, and a carrier to the schedulers.
+
+    launch -> Writer, its address in the environment -> each scheduler rank: a Reader
+    send -> raw inputs published -> carrier in the request -> ZMQ -> Gate
+
+Where it does not fit, or there is no room, a request goes as in stock.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import os
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from shmcast._sent import describe
+from shmcast.errors import ArenaFull, ClosedError
+from shmcast.integrations.sglang._joining import ADDRESS, ALLOW
+from shmcast.integrations.sglang._release import check_method, unlike
+from shmcast.integrations.sglang._staging import Staging
+from shmcast.integrations.sglang._tickets import carrier_of
+from shmcast.metrics import Counters
+from shmcast.policy import Policy
+from shmcast.transport import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from shmcast._wire import Handle
+    from shmcast.integrations.sglang._release import Release
+    from shmcast.integrations.sglang._settings import Settings
+
+log = logging.getLogger("shmcast")
+
+writers: WeakKeyDictionary[Any, TokenizerWriter] = WeakKeyDictionary()
+"""Of the tokenizer managers of this process."""
+
+
+class Target(NamedTuple):
+    """An attribute to replace, and what makes the new value of the old one."""
+
+    owner: Any
+    name: str
+    wrap: Callable[[Any], Any]
+
+
+class TokenizerWriter:
+    """Publishes the raw inputs of one tokenizer manager's requests. For its event loop's thread alone.
+
+    Raises:
+        ArenaFull: there is no shared memory to be had.
+        OSError: the system refuses it.
+    """
+
+    def __init__(self, readers: int, release: Release, settings: Settings) -> None:
+        # The thread that publishes serves all requests: it never waits for room.
+        self.writer = Writer(readers, capacity=settings.capacity, allow=ALLOW, policy=Policy(wait=0))
+        self._release = release
+        self._staging = Staging(self.writer, release)
+        self._counters = Counters()
+        self.writer.count(self._counters)
+
+    @contextmanager
+    def lending(self, requests: Iterable[Any]) -> Iterator[None]:
+        """Put carriers into these requests while they are sent. Where sending raises, all is as before."""
+        lent: list[tuple[Any, Any, Handle]] = []
+        try:
+            for request in requests:
+                raw = self._release.raw_of(request)
+                handle = self._publish(raw)
+                if handle is not None:
+                    lent.append((request, raw, handle))
+                    payload = carrier_of(handle, known=self._release.is_hashed(raw))
+                    self._release.set_raw(request, self._release.carrier(payload))
+            yield
+        except BaseException:
+            for request, raw, handle in lent:
+                self.writer.withdraw(handle)
+                self._release.set_raw(request, raw)
+            raise
+
+    def close(self) -> None:
+        """Requests go as in stock from now on."""
+        self._staging.clear()
+        self.writer.close()
+
+    def _publish(self, raw: Any) -> Handle | None:
+        """None: this request goes as in stock."""
+        if raw is None or not self._release.items(raw) or not self._attached():
+            return None
+        try:
+            if not self._release.can_hold(raw):
+                return None
+            try:
+                return self.writer.publish(self._staging.stage(raw))
+            except ArenaFull:
+                if not self._staging.clear():
+                    raise
+                return self.writer.publish(self._staging.stage(raw))
+        except Exception as error:
+            reason = "full" if isinstance(error, (ArenaFull, OSError)) else "encode"
+            self._fallback(reason, describe(error))
+            return None
+
+    def _attached(self) -> bool:
+        """Whether every scheduler rank is there. Asking takes back what dead ones held."""
+        try:
+            missing = [str(lease.reader) for lease in self.writer.stats().leases if not lease.alive]
+        except ClosedError:
+            return False
+        if missing:
+            self._fallback("readers", f"of the scheduler ranks, {', '.join(missing)} did not attach, or are gone")
+        return not missing
+
+    def _fallback(self, reason: str, detail: str) -> None:
+        if self._counters.fallback(reason):
+            log.warning("tokenizer (%s), said once: requests go as in stock: %s", reason, detail)
+
+
+def refusal(args: Any, settings: Settings) -> str:
+    """Why a server with these arguments cannot have the tokenizer publish, or nothing."""
+    if not settings.admission:
+        return "SHMCAST_SGLANG_ADMISSION=0: the schedulers would not take it in"
+    for name, most, why in (
+        ("tokenizer_worker_num", 1, "each tokenizer worker would need memory of its own"),
+        ("nnodes", 1, "shared memory ends with the machine"),
+        ("dp_size", 1, "which replica gets a request is decided behind the tokenizer"),
+    ):
+        if getattr(args, name, 1) > most:
+            return f"{name}={getattr(args, name)}: {why}"
+    for name, why in (
+        ("language_only", "inputs come from encoders, not from the tokenizer"),
+        ("encoder_only", "there are no schedulers"),
+        ("skip_tokenizer_init", "SGLang sends inputs whole then"),
+        ("use_ray", "the schedulers do not inherit the environment"),
+    ):
+        if getattr(args, name, False):
+            return f"{name}: {why}"
+    if os.environ.get("SGLANG_RUST_SERVER", "").strip().lower() in ("1", "true", "yes"):
+        return "SGLANG_RUST_SERVER: the tokenizer is not in Python"
+    if args.tp_size * getattr(args, "pp_size", 1) == 1:
+        return "one scheduler rank has nobody to share with"
+    return ""
+
+
+def find_targets(release: Release, settings: Settings) -> list[Target]:
+    """What to replace in a process that may launch a server; `Unsupported` says what this SGLang lacks."""
+    manager = importlib.import_module("sglang.srt.managers.tokenizer_manager").TokenizerManager
+    check_method(manager, "_send_one_request", ["self"])
+    check_method(manager, "_send_batch_request", ["self"])
+    sending = functools.partial(_sending, release)
+    targets = [Target(manager, name, sending) for name in ("_send_one_request", "_send_batch_request")]
+    launching = functools.partial(_launching, release, settings)
+    engine = importlib.import_module("sglang.srt.entrypoints.engine")
+    name = "_launch_subprocesses"
+    owners = [engine if hasattr(engine, name) else engine.Engine]
+    if owners == [engine]:
+        # Until 0.5.11 a function, which the HTTP server imports by name; without what that needs there is none.
+        with suppress(ImportError):
+            owners.append(importlib.import_module("sglang.srt.entrypoints.http_server"))
+    for owner in owners:
+        check_method(owner, name, [])
+        if "server_args" not in inspect.signature(getattr(owner, name)).parameters:
+            raise unlike(f"{owner.__name__}.{name} takes no server_args")
+    return [*targets, *(Target(owner, name, launching) for owner in owners)]
+
+
+def close_writers() -> None:
+    """Of all tokenizer managers of this process."""
+    for manager in list(writers):
+        writers.pop(manager).close()
+
+
+def _launching(release: Release, settings: Settings, stock: Any) -> Any:
+    """Make the writer before the schedulers are spawned, and give it to the tokenizer manager that comes of it."""
+    if isinstance(stock, classmethod):
+        return classmethod(_launching(release, settings, stock.__func__))
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        server_args = signature.bind(*args, **kwargs).arguments["server_args"]
+        end = _open(server_args, release, settings)
+        if end is None:
+            return stock(*args, **kwargs)
+        os.environ[ADDRESS] = bytes(end.writer.address).hex()
+        try:
+            launched = stock(*args, **kwargs)
+            writers[launched[0]] = end
+        except BaseException:
+            end.close()
+            raise
+        finally:
+            del os.environ[ADDRESS]
+        return launched
+
+    return launch
+
+
+def _open(args: Any, release: Release, settings: Settings) -> TokenizerWriter | None:
+    why = refusal(args, settings)
+    if not why:
+        try:
+            end = TokenizerWriter(args.tp_size * getattr(args, "pp_size", 1), release, settings)
+        except Exception as error:
+            why = describe(error)
+        else:
+            log.info("SGLang %s: the tokenizer publishes for %d ranks", release.version, end.writer.address.readers)
+            return end
+    log.warning("SHMCAST_SGLANG_TOKENIZER=1 has no effect, the tokenizer sends as in stock: %s", why)
+    return None
+
+
+def _sending(release: Release, stock: Callable[..., Any]) -> Callable[..., Any]:
+    def lending(manager: Any, args: tuple[Any, ...]) -> Any:
+        found = [each for arg in args for each in (arg if isinstance(arg, list) else [arg])]
+        return writers[manager].lending([each for each in found if isinstance(each, release.single)])
+
+    if inspect.iscoroutinefunction(stock):
+
+        @functools.wraps(stock)
+        async def send_async(manager: Any, *args: Any, **kwargs: Any) -> Any:
+            if manager not in writers:
+                return await stock(manager, *args, **kwargs)
+            with lending(manager, (*args, *kwargs.values())):
+                return await stock(manager, *args, **kwargs)
+
+        return send_async
+
+    @functools.wraps(stock)
+    def send(manager: Any, *args: Any, **kwargs: Any) -> Any:
+        if manager not in writers:
+            return stock(manager, *args, **kwargs)
+        with lending(manager, (*args, *kwargs.values())):
+            return stock(manager, *args, **kwargs)
+
+    return send
