@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,10 @@ def table_of(rows: Iterable[dict[str, Any]], title: str) -> Table:
 
 def machine() -> dict[str, Any]:
     """What a reader of the figures has to know."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "posix_ipc", "shmcast")}
+    versions = {}
+    for name in ("torch", "numpy", "posix_ipc", "shmcast"):
+        with suppress(importlib.metadata.PackageNotFoundError):  # in use, and not installed
+            versions[name] = importlib.metadata.version(name)
     return {
         "cpus": len(os.sched_getaffinity(0)),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -181,14 +185,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def run_of_today() -> dict[str, Any]:
+    """When, how and where figures were measured."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": machine(),
+    }
+
+
 def report_of(plan: Plan, rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> dict[str, Any]:
     """All of it, for machines."""
     return {
         "version": VERSION,
         "measured": MEASURED,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "machine": machine(),
+        **run_of_today(),
         "plan": dataclasses.asdict(plan),
         "contenders": [{"key": c.key, "label": c.label, "stands_for": c.stands_for} for c in CONTENDERS],
         "results": rows,
