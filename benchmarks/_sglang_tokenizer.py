@@ -145,7 +145,7 @@ class _Sender:
     def publish_no_more(self) -> dict[str, int]:
         if self._writer is None:
             return {}
-        fallbacks = self._writer.writer.stats().fallbacks
+        fallbacks = self._writer.stats().fallbacks
         self._writer.close()
         self._writer = None
         return dict(fallbacks)

@@ -23,7 +23,7 @@ from shmcast.integrations.sglang._joining import ADDRESS, ALLOW
 from shmcast.integrations.sglang._release import check_method, unlike
 from shmcast.integrations.sglang._staging import Staging
 from shmcast.integrations.sglang._tickets import carrier_of
-from shmcast.metrics import Counters
+from shmcast.metrics import Counters, merge
 from shmcast.policy import Policy
 from shmcast.transport import Writer
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shmcast._wire import Handle
     from shmcast.integrations.sglang._release import Release
     from shmcast.integrations.sglang._settings import Settings
+    from shmcast.metrics import Stats
 
 log = logging.getLogger("shmcast")
 
@@ -82,6 +83,10 @@ class TokenizerWriter:
                 self.writer.withdraw(handle)
                 self._release.set_raw(request, raw)
             raise
+
+    def stats(self) -> Stats:
+        """Of its memory, and how many requests went as in stock, by reason."""
+        return merge(self._counters.stats(), self.writer.stats())
 
     def close(self) -> None:
         """Requests go as in stock from now on."""
