@@ -69,7 +69,7 @@ class Admission:
     Args:
         writer: publishes; it belongs to the caller, who closes it after this.
         fn: makes the inputs out of raw ones, on several threads at once. It must not call this object. Where it gives
-            None nothing is published, and the request goes on as it came.
+            None nothing is published, and the request goes on as it came; so where it raises `ArenaFull`.
         workers: threads that run `fn` and publish.
         max_held_bytes: the most bytes of raw's tensors that may be held; a request beyond it goes on raw.
         readers: the indices of those who open; default all of the writer's.
@@ -117,13 +117,14 @@ class Admission:
             self.close()
             raise
 
-    def hold(self, key: Hashable, raw: Any, *, session: Hashable = None) -> None:
+    def hold(self, key: Hashable, raw: Any, *, session: Hashable = None, nbytes: int | None = None) -> None:
         """Keep a request back until its inputs are published; returns at once.
 
         Args:
             key: names the request until `ready` or `abort` let it go.
             raw: what `fn` takes; nobody may write to it meanwhile. None: a text request, which is ready at once.
             session: requests of one session are ready in the order in which they were held.
+            nbytes: what the request counts for within `max_held_bytes`; default the bytes of raw's tensors.
 
         Raises:
             ValueError: the key is held already.
@@ -131,8 +132,10 @@ class Admission:
             ClosedError: this was closed.
         """
         hash((key, session))
-        leaves = walk(raw)
-        request = _Request(key, session, monotonic(), raw, 0 if leaves is None else leaves.nbytes)
+        if nbytes is None:
+            leaves = walk(raw)
+            nbytes = 0 if leaves is None else leaves.nbytes
+        request = _Request(key, session, monotonic(), raw, nbytes)
         with self._lock:
             self._check_open()
             if key in self._held:
@@ -276,6 +279,9 @@ class Admission:
         try:
             with self._counters.timed("materialize"):
                 return self._fn(raw), None
+        except ArenaFull as error:  # of memory that fn asked a writer for: not the request's error
+            self._fallback("full", describe(error))
+            return None, None
         except Exception as error:
             return None, error
         except BaseException as error:

@@ -92,13 +92,13 @@ def _import_sglang() -> None:
 
 _import_sglang()
 
-from sglang.srt.managers import io_struct, schedule_batch  # noqa: E402
+from sglang.srt.managers import io_struct, mm_utils, schedule_batch  # noqa: E402
 from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from sglang.version import __version__  # noqa: E402
 
 VERSION = tuple(int(part) for part in __version__.split(".")[:3])
-__all__ = ["FROM_DICT", "REQUEST_ERRORS", "VERSION", "Engine", "Group", "io_struct", "schedule_batch"]
+__all__ = ["FROM_DICT", "REQUEST_ERRORS", "VERSION", "Engine", "Group", "io_struct", "mm_utils", "schedule_batch"]
 
 FROM_DICT = hasattr(schedule_batch.MultimodalInputs, "from_dict")
 REQUEST_ERRORS = hasattr(io_struct, "MMInputsProcessError")

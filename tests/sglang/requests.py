@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import msgspec
 import numpy as np
 import torch
 
-from tests.sglang.engine import FROM_DICT, io_struct, schedule_batch
+from tests.sglang.engine import FROM_DICT, io_struct, mm_utils, schedule_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,6 +142,20 @@ def generate(rid: str, raw: Any, **more: Any) -> Any:
     for name in _required(cls):
         values.setdefault(name, None)
     return cls(**values | more)
+
+
+def pointed(request: Any) -> Any:
+    """A copy with its tensors in segments of their own, if the release's tokenizer does that."""
+    if request.mm_inputs is None or not hasattr(mm_utils, "wrap_shm_features"):
+        return request
+    request = copy.copy(request)
+    raw = request.mm_inputs = copy.copy(request.mm_inputs)
+    items = [copy.copy(item) for item in items_of(raw)]
+    if FROM_DICT:
+        raw["mm_items"] = items
+    else:
+        raw.mm_items = items
+    return mm_utils.wrap_shm_features(request)
 
 
 def batch(requests: list[Any]) -> Any:

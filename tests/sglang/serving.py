@@ -14,6 +14,7 @@ from shmcast.integrations.sglang._install import link
 from shmcast.integrations.sglang._release import find_release
 from shmcast.integrations.sglang._settings import read_settings
 from tests.sglang.engine import FROM_DICT, Engine, schedule_batch
+from tests.sglang.requests import pointed
 from tests.support.waiting import until
 
 MAKER = "from_dict" if FROM_DICT else "from_processor_output"
@@ -34,7 +35,7 @@ class Serving:
         """As the tokenizer would; only rank 0 does."""
         if self._senders:
             for request in requests:
-                self._senders[replica].send_pyobj(request)
+                self._senders[replica].send_pyobj(pointed(request) if hasattr(request, "mm_inputs") else request)
 
     def tick(self) -> list[Any]:
         """One receive: every rank of the world calls it."""
@@ -89,7 +90,7 @@ def serving(address: str, *, settings: dict[str, Any] | None = None, **options: 
             yield serve
         finally:
             serve.forget()
-            made.close()
+            serve.link.close()
     finally:
         context.destroy(linger=0)
         engine.close()

@@ -1,6 +1,8 @@
 """Requests through SGLang's own receiving, held at the entry rank and opened by all: what stock gives, when it may."""
 
 import copy
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from shmcast.integrations.sglang._install import link
+from shmcast.integrations.sglang._release import find_release
+from shmcast.integrations.sglang._settings import read_settings
 from tests.sglang import requests
 from tests.sglang.engine import REQUEST_ERRORS, io_struct
-from tests.sglang.requests import KINDS, abort, batch, generate, raw_of, same
+from tests.sglang.requests import KINDS, abort, batch, generate, pointed, raw_of, same
 from tests.sglang.serving import Slow, leases, serving, stock_inputs, wait_for_leases
 from tests.support.ranks import Ranks
 
@@ -26,7 +31,8 @@ def at(path: Path) -> str:
 
 def every_kind(rank: int, address: str, flag: bool) -> dict[str, int]:
     with serving(address, flag=flag) as serve:
-        serve.send(*(generate(name, raw_of(kind())) for name, kind in KINDS.items()), generate("text", None))
+        sent = [generate(name, raw_of(kind())) for name, kind in KINDS.items()]
+        serve.send(*sent, generate("text", None))
         serve.serve(len(KINDS) + 1)
         assert serve.inputs["text"] is None
         for name, kind in KINDS.items():
@@ -68,7 +74,7 @@ def samples(rank: int, address: str) -> list[list[str]]:
     first = generate("first", raw)
     second = copy.copy(first)
     second.rid = "second"
-    second.mm_inputs = copy.copy(raw)
+    second.mm_inputs = raw_of([copy.copy(item) for item in requests.items_of(raw)])
     with serving(address) as serve:
         serve.send(first, second)
         serve.serve(2)
@@ -130,6 +136,86 @@ def changed_later(rank: int, address: str) -> float:
 
 def test_a_rank_may_do_with_its_inputs_what_it_likes(engines: Ranks, tmp_path: Path) -> None:
     assert engines.run(2, changed_later, at(tmp_path)) == [0.0, 1.0]
+
+
+# Pointers to the tokenizer's segments.
+
+
+def segments() -> list[str]:
+    return sorted(name for name in os.listdir("/dev/shm") if "shmcast" not in name)
+
+
+def aborted_unread(rank: int, address: str) -> list[str]:
+    with Slow() as slow, serving(address, settings={"workers": 1}) as serve:
+        serve.send(*(generate(rid, raw_of(KINDS["video"]())) for rid in ("a", "b", "c")))
+        serve.send(abort("b"))
+        serve.serve(2)
+        slow.go.set()
+        serve.serve(4)
+        for rid in ("a", "c"):
+            same(serve.inputs[rid], slow.stock(raw_of(KINDS["video"]())))
+        serve.forget()
+        dist.barrier()
+        return segments()
+
+
+def unheld(rank: int, address: str) -> list[str]:
+    with serving(address, settings={"held_bytes": 0}) as serve:
+        serve.send(generate("a", raw_of(KINDS["list of tensors"]())), generate("b", raw_of(KINDS["video"]())))
+        serve.serve(2)
+        same(serve.inputs["a"], stock_inputs(raw_of(KINDS["list of tensors"]())))
+        same(serve.inputs["b"], stock_inputs(raw_of(KINDS["video"]())))
+        assert serve.link.stats()["reader"].messages == 0
+        serve.forget()
+        dist.barrier()
+        return segments()
+
+
+@pytest.mark.parametrize("way", [aborted_unread, unheld])
+def test_every_segment_of_the_tokenizer_is_used_up(
+    engines: Ranks, tmp_path: Path, way: Callable[[int, str], list[str]]
+) -> None:
+    before = segments()
+    assert engines.run(2, way, at(tmp_path)) == [before] * 2
+
+
+def gone(rank: int, address: str) -> str:
+    with serving(address) as serve:
+        lost = generate("lost", raw_of(KINDS["video"]()))
+        if rank == 0:
+            lost = pointed(lost)
+            for name in segments():
+                os.unlink(f"/dev/shm/{name}")
+        serve.send(lost, generate("good", raw_of(KINDS["video"]())))
+        serve.serve(2)
+        same(serve.inputs["good"], stock_inputs(raw_of(KINDS["video"]())))
+        return str(serve.inputs["lost"])
+
+
+@pytest.mark.skipif(not REQUEST_ERRORS, reason="before 0.5.20 it ends the schedulers, as in stock")
+def test_a_segment_that_is_gone_is_that_requests_failure(engines: Ranks, tmp_path: Path) -> None:
+    first, second = engines.run(2, gone, at(tmp_path))
+    assert first == second
+    assert "FileNotFoundError" in first
+
+
+def again(rank: int, address: str) -> list[bool]:
+    """A scheduler that is linked, unlinked, and linked again in the same world."""
+    admits = []
+    with serving(address) as serve:
+        for number in range(2):
+            serve.send(generate("pixels", raw_of(KINDS["video"]())))
+            serve.serve(number + 1)
+            same(serve.inputs.pop("pixels"), stock_inputs(raw_of(KINDS["video"]())))
+            admits.append(serve.link.admits)
+            dist.barrier()
+            serve.link.close()
+            serve.link = link(serve.engine.scheduler, find_release(), read_settings())
+    return admits
+
+
+def test_a_scheduler_is_linked_again(engines: Ranks, tmp_path: Path) -> None:
+    assert engines.run(2, again, at(tmp_path)) == [[True, True]] * 2
 
 
 # Order.

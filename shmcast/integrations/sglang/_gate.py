@@ -18,6 +18,8 @@ import zmq
 
 from shmcast._sent import describe
 from shmcast._wire import Handle
+from shmcast.errors import ArenaFull
+from shmcast.integrations.sglang._pointers import pointers, restore
 from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket, carried
 
 if TYPE_CHECKING:
@@ -83,11 +85,12 @@ class Gate:
             if not self._complained:
                 self._complained = True
                 log.warning("requests like this are not held, they go on as they came: %s", describe(error))
-        self._out.append(request)
+        self._pass(request)
 
     def _hold(self, request: Any, raws: list[Any] | None, session: Hashable) -> None:
         key = next(self._keys)
-        self.admission.hold(key, raws, session=session)
+        pointed = [pointer.nbytes for raw in raws or () if raw is not None for pointer in pointers(self._release, raw)]
+        self.admission.hold(key, raws, session=session, nbytes=sum(pointed) if pointed else None)
         self._held[key] = _Held(request, session)
         if session is not None:
             self._sessions[session] += 1
@@ -120,7 +123,15 @@ class Gate:
         for key, outcome in self.admission.ready():
             request = self._forget(key)
             self._hand(request, outcome)
-            self._out.append(request)
+            self._pass(request)
+
+    def _pass(self, request: Any) -> None:
+        """Let a request on. What of it nobody read is SGLang's to attach."""
+        for part in self._release.parts(request):
+            raw = self._release.raw_of(part)
+            if raw is not None:
+                restore(self._release, raw)
+        self._out.append(request)
 
     def _let_out_aborted(self, abort: Any) -> None:
         """What an abort names goes on before it, without inputs: the scheduler ends it as it ends any that waits."""
@@ -132,15 +143,17 @@ class Gate:
             if all(named):
                 for part in self._release.parts(held.request):
                     self._drop(part)
-            self._out.append(self._forget(key))
+            self._pass(self._forget(key))
 
     def _drop(self, part: Any) -> None:
         """Let a part go on without inputs. The tokenizer's leases come back on each rank: their ticket stays."""
         raw = self._release.raw_of(part)
         if isinstance(raw, RawTicket):
             raw.dropped = True
-        else:
-            self._release.set_raw(part, None)
+            return
+        for pointer in [] if raw is None else pointers(self._release, raw):
+            pointer.discard()
+        self._release.set_raw(part, None)
 
     def _forget(self, key: int) -> Any:
         held = self._held.pop(key)
@@ -171,13 +184,15 @@ class Gate:
 
 
 def maker_of_all(release: Release, make: Callable[[Any], Any]) -> Callable[[list[Any]], list[Any]]:
-    """What an `Admission` runs: all parts of a request, each made, or, where SGLang knows such errors, its failure."""
+    """Makes all parts of a request: for each what is made, or, where SGLang knows such errors, its failure."""
 
     def attempt(raw: Any) -> Any:
         if raw is None:
             return None
         try:
             return make(raw)
+        except ArenaFull:
+            raise
         except Exception as error:
             if not release.request_errors:
                 raise

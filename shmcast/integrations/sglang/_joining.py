@@ -113,6 +113,7 @@ def share(scheduler: Any, settings: Settings) -> Shared | Apart:
         mine = replace(mine, attached=attached)
     said = _exchange(group, mine)
     why = why or _trouble(said, replica)
+    groups = _make_groups(group, said)
     if tokenizer is not None and any(said[other].attached != mine.attached for other in replica):
         tokenizer.close()
         tokenizer = None
@@ -123,13 +124,13 @@ def share(scheduler: Any, settings: Settings) -> Shared | Apart:
         for end in (reader, tokenizer, writer):
             if end is not None:
                 end.close()
+        stage = groups.get((place.replica, place.stage))
+        if stage is not None:
+            dist.destroy_process_group(stage)
         return Apart(place, why)
-    ranks = [dist.get_global_rank(group, other) for other in replica if said[other].place.stage == place.stage]
-    stage = None
-    if len(ranks) > 1:
-        # With its members only: each rank of the world makes exactly one, and waits for no other stage's.
-        stage = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return Shared(place, len(replica), writer, reader, tokenizer, stage, ranks[0])
+    entry = next(other for other in replica if said[other].place.stage == place.stage)
+    stage = groups.get((place.replica, place.stage))
+    return Shared(place, len(replica), writer, reader, tokenizer, stage, dist.get_global_rank(group, entry))
 
 
 def unfit(scheduler: Any, settings: Settings) -> str:
@@ -162,6 +163,20 @@ def _attach(ranks: int, index: int, settings: Settings) -> tuple[Reader | None, 
         return Reader(address, index, allow=ALLOW), text
     except Exception as error:
         return None, describe(error)
+
+
+def _make_groups(world: ProcessGroup, said: list[_Said]) -> dict[tuple[int, int], ProcessGroup]:
+    """One for each stage of each replica that has several ranks, by both; of others than this rank's, nothing to use.
+
+    Every rank of the world makes all of them in this order, as SGLang makes its own. A group that only its members make
+    is named by its ranks: made again, it would find the addresses of the one before it.
+    """
+    ranks: dict[tuple[int, int], list[int]] = {}
+    for rank, each in enumerate(said):
+        ranks.setdefault((each.place.replica, each.place.stage), []).append(dist.get_global_rank(world, rank))
+    return {
+        stage: dist.new_group(members, backend="gloo") for stage, members in sorted(ranks.items()) if len(members) > 1
+    }
 
 
 def _exchange(group: ProcessGroup, mine: _Said) -> list[_Said]:

@@ -21,7 +21,8 @@ from shmcast.broadcaster import Broadcaster
 from shmcast.errors import MaterializeError
 from shmcast.integrations.sglang._gate import Gate, maker_of_all
 from shmcast.integrations.sglang._joining import ALLOW, Shared, share
-from shmcast.integrations.sglang._release import flag_group, receive_with
+from shmcast.integrations.sglang._pointers import fetch, receive_with
+from shmcast.integrations.sglang._release import flag_group
 from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket
 from shmcast.integrations.sglang._tokenizer_reader import TokenizerReader
 from shmcast.policy import Policy
@@ -47,7 +48,8 @@ class Link:
     def __init__(self, scheduler: Any, release: Release, settings: Settings) -> None:
         self._scheduler = scheduler
         self._release = release
-        self._make_all = maker_of_all(release, release.maker(scheduler))
+        self._make = release.maker(scheduler)
+        self._make_all = maker_of_all(release, self._make)
         self._hidden: dict[str, Any] = {}
         self._shared: Shared | None = None
         self._gate: Gate | None = None
@@ -57,7 +59,7 @@ class Link:
         if isinstance(shared, Shared):
             self._shared = shared
             if shared.tokenizer is not None:
-                self._tokenizer = TokenizerReader(shared.tokenizer, release, release.maker(scheduler))
+                self._tokenizer = TokenizerReader(shared.tokenizer, release, self._make)
             self._put_gate(shared, settings)
             self._put_settling()
         self._put_making(settings)
@@ -207,8 +209,11 @@ class Link:
         if shared.writer is None:
             return
         scheduler = self._scheduler
-        make = self._make_all if self._tokenizer is None else self._tokenizer.preparing(self._make_all)
-        admission = Admission(shared.writer, make, workers=settings.workers, max_held_bytes=settings.held_bytes)
+        release, writer = self._release, shared.writer
+        make: Callable[[list[Any]], Any] = maker_of_all(release, lambda raw: self._make(fetch(release, raw, writer)))
+        if self._tokenizer is not None:
+            make = self._tokenizer.preparing(make)
+        admission = Admission(writer, make, workers=settings.workers, max_held_bytes=settings.held_bytes)
         self._gate = gate = Gate(receive_with(scheduler.recv_from_tokenizer), admission, self._release)
         self._put("recv_from_tokenizer", gate)
         sleep = scheduler.maybe_sleep_on_idle

@@ -14,7 +14,6 @@ import copy
 import importlib
 import inspect
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -196,12 +195,6 @@ def world_group(scheduler: Any) -> Any:
 def flag_group(scheduler: Any) -> Any:
     """The CPU group over which the stock flag path broadcasts; its first rank is the entry rank."""
     return scheduler.dp_tp_cpu_group if hasattr(scheduler, "dp_tp_cpu_group") else scheduler.cpu_group
-
-
-def receive_with(socket: Any) -> Callable[[int], Any]:
-    """How this release reads one request from a socket, with flags of zmq."""
-    receive = getattr(_module("sglang.srt.managers.io_struct"), "sock_recv", None)
-    return socket.recv_pyobj if receive is None else partial(receive, socket)
 
 
 def _ranks(scheduler: Any) -> Any:
