@@ -115,14 +115,18 @@ class Served:
         if self.tokenizer is not None:
             self.tokenizer.send(*requests)
 
-    def tick(self) -> None:
-        for request in self.engine.receive():
+    def tick(self) -> list[Any]:
+        requests = self.engine.receive()
+        for request in requests:
             for part in request.batch if hasattr(request, "batch") else [request]:
                 self.received.append(part.rid)
+                if not hasattr(part, "mm_inputs"):
+                    continue
                 try:
                     self.inputs[part.rid] = self.engine.inputs(part)
                 except Exception as error:
                     self.inputs[part.rid] = error
+        return requests
 
     def serve(self, count: int) -> None:
         """Tick until `count` requests came, on every rank of the world."""
@@ -137,9 +141,13 @@ class Served:
         assert self.tokenizer is not None
         return sum(lease.held for lease in self.tokenizer.writer().stats().leases)
 
-    def wait_for_leases(self, wanted: int) -> None:
+    def wait_until_free(self) -> None:
+        """Until nobody, the tokenizer included, claims anything of the tokenizer's memory."""
+        gc.collect()
         if self.tokenizer is not None:
-            until(lambda: self.held() == wanted, f"{wanted} leases on the tokenizer's messages are held")
+            writer = self.tokenizer.writer()
+            until(lambda: self.held() == 0, "no lease on the tokenizer's messages is held")
+            until(lambda: bool(writer.settle() or writer.stats().live_blocks == 0), "no block of the tokenizer is live")
 
     def forget(self) -> None:
         self.inputs.clear()
