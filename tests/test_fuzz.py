@@ -29,6 +29,7 @@ from shmcast._layout import Message, Piece
 from shmcast._ring import Inbox
 from shmcast._wire import Address, Handle, Header, HeaderRoute
 from shmcast.errors import LayoutError
+from shmcast.integrations.sglang._tickets import RawTicket
 from shmcast.transport import Reader, Writer
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def test_any_damage_is_answered(data: st.DataObject, seed: int) -> None:
         found.close()
 
 
-CHEAP = ["segment", "block", "message", "ring", "slot", "address", "handle", "header", "offer"]
+CHEAP = ["segment", "block", "message", "ring", "slot", "address", "handle", "carrier", "header", "offer"]
 
 
 @pytest.mark.parametrize("name", [*CHEAP, "skeleton", "opcodes", "entries", "inline", "index"])
@@ -152,6 +153,8 @@ PLANTED: list[tuple[str, object, str, Callable[..., Any]]] = [
     ("address", Address, "parse", breaks(ZeroDivisionError())),
     ("handle", Handle, "parse", breaks(TypeError())),
     ("handle", Handle, "parse", gives(wire.handles()[1])),
+    ("carrier", wire, "carried", breaks(IndexError())),
+    ("carrier", wire, "carried", gives(RawTicket(bytes(wire.handles()[1]), True))),
     ("header", wire, "parse_header", breaks(UnicodeDecodeError("utf-8", b"", 0, 1, "why"))),
     ("header", wire, "parse_header", gives(Header(HeaderRoute.NONE, 1))),
     ("offer", Offer, "parse", breaks(RecursionError())),

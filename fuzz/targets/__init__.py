@@ -18,6 +18,7 @@ MODULES: Final = {
     "writer": "writers",
     "address": "wire",
     "handle": "wire",
+    "carrier": "wire",
     "header": "wire",
     "offer": "wire",
     "skeleton": "skeletons",

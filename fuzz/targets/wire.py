@@ -12,6 +12,7 @@ from shmcast._joining import Offer
 from shmcast._layout import MAX_READERS, PAGE, Descriptor
 from shmcast._wire import HANDLE, HEADER, Address, Call, Handle, Header, HeaderRoute, Reason, parse_header
 from shmcast.errors import LayoutError
+from shmcast.integrations.sglang._tickets import CARRIED, RawTicket, carried, carrier_of
 
 if TYPE_CHECKING:
     from random import Random
@@ -75,6 +76,30 @@ def require_handle(found: object, raw: bytes) -> None:
         require(bytes(found)[:72] == raw[:72], "a handle of other bytes")
         require(found.ticket_of(MAX_READERS - 1, found.opens - 1) < 2**64, "a ticket of more than 64 bits")
         require(found.where.offset % PAGE == 0 and found.where.offset >= PAGE, f"{found.where}")
+
+
+def carrier_seeds() -> list[bytes]:
+    """Flags and the feature of a carrier."""
+    return [bytes([SEAL]) + carrier_of(handle, known=known) for handle in handles() for known in (False, True)]
+
+
+def check_carrier(data: bytes) -> str:
+    """`carried`: a ticket with the handle and the flag of just these bytes, or none where they are not marked."""
+    raw, size = data[1:], len(CARRIED) + 1
+    if (data or b"\0")[0] & SEAL:
+        raw = raw[:size] + sealed(raw[size:], HANDLE.size)
+    answer = ask(lambda: carried(raw), (LayoutError,))
+    if answer.refused:
+        return answer.refused
+    found = answer.value
+    require((found is None) == (not raw.startswith(CARRIED)), "a mark that was not seen, or seen where there is none")
+    if found is None:
+        return "unmarked"
+    require(isinstance(found, RawTicket), f"a {type(found).__name__} for a ticket")
+    if isinstance(found, RawTicket):
+        require(found.handle[:72] == raw[size : size + 72], "the handle of other bytes")
+        require(found.hashed == (raw[size - 1 : size] == b"1"), "another flag")
+    return "parsed"
 
 
 def header_seeds() -> list[bytes]:
@@ -159,6 +184,7 @@ def check_offer(data: bytes) -> str:
 TARGETS = (
     Target("address", check_address, address_seeds, fields_of(1, "844844")),
     Target("handle", check_handle, handle_seeds, fields_of(1, "4488448888844")),
+    Target("carrier", check_carrier, carrier_seeds, fields_of(2 + len(CARRIED), "4488448888844")),
     Target("header", check_header, header_seeds, (*fields_of(1, "841128844844"), *fields_of(113, "88"))),
     Target("offer", check_offer, offer_seeds, (), reshape_offer),
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shmcast._wire import Handle
+from shmcast.errors import LayoutError
 
 CARRIED: Final = b"shmcast: raw inputs "
 """What the feature of a carrier starts with; a digit, whether its items are hashed, and a handle follow."""
@@ -77,5 +78,7 @@ def carried(feature: Any) -> RawTicket | None:
     """The ticket in a carrier's feature; None where it is none. `LayoutError`: it is a damaged one."""
     if not isinstance(feature, bytes) or not feature.startswith(CARRIED):
         return None
-    known, handle = feature[len(CARRIED) :][:1], feature[len(CARRIED) + 1 :]
-    return RawTicket(bytes(Handle.parse(handle)), known == b"1")
+    flag, handle = feature[len(CARRIED) :][:1], feature[len(CARRIED) + 1 :]
+    if flag not in (b"0", b"1"):
+        raise LayoutError(f"a carrier with the flag {flag!r}")
+    return RawTicket(bytes(Handle.parse(handle)), flag == b"1")
