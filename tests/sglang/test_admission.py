@@ -14,7 +14,7 @@ from shmcast.integrations.sglang._install import link
 from shmcast.integrations.sglang._release import find_release
 from shmcast.integrations.sglang._settings import read_settings
 from tests.sglang import requests
-from tests.sglang.engine import REQUEST_ERRORS, io_struct
+from tests.sglang.engine import FROM_DICT, REQUEST_ERRORS, io_struct
 from tests.sglang.requests import KINDS, abort, batch, generate, pointed, raw_of, same
 from tests.sglang.serving import Slow, leases, serving, stock_inputs, wait_for_leases
 from tests.support.ranks import Ranks
@@ -260,6 +260,24 @@ def test_a_session_keeps_its_order_to_its_end(engines: Ranks, tmp_path: Path) ->
     rids = [rid for tick in first for rid in tick]
     assert rids[:3] == ["text of another", "1 pixels", "2 text"]
     assert len(rids) == 4
+
+
+def shifted(rank: int, address: str) -> list[Any]:
+    """As a session does with a turn whose first token it strips, through what the request has for inputs."""
+    with serving(address) as serve:
+        serve.send(generate("turn", raw_of(KINDS["images of one parent"]())))
+        received: list[Any] = []
+        while not received:
+            received = serve.engine.receive()
+        for item in received[0].mm_inputs.mm_items:
+            item.offsets = [(start - 1, end - 1) for start, end in item.offsets]
+        return [item.offsets for item in serve.engine.inputs(received[0]).mm_items]
+
+
+@pytest.mark.skipif(FROM_DICT, reason="sessions shift offsets since 0.5.12")
+def test_offsets_that_a_session_shifts_are_the_inputs(engines: Ranks, tmp_path: Path) -> None:
+    expected = [[(start - 1, end - 1) for start, end in item.offsets] for item in KINDS["images of one parent"]()]
+    assert engines.run(2, shifted, at(tmp_path)) == [expected] * 2
 
 
 def limited(rank: int, address: str) -> list[list[str]]:

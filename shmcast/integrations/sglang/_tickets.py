@@ -28,9 +28,6 @@ class Ticket:
 
     __slots__ = ("handle", "inputs", "number", "raw")
 
-    mm_items = ()
-    """SGLang looks through raw inputs for pointers to unwrap, in releases up to 0.5.9 by `get`: here are none."""
-
     def __init__(self, handle: bytes, number: int, raw: Any = None) -> None:
         self.handle = handle
         self.number = number
@@ -40,7 +37,16 @@ class Ticket:
     def __reduce__(self) -> tuple[Any, ...]:
         return Ticket, (self.handle, self.number)
 
+    @property
+    def mm_items(self) -> Any:
+        """What SGLang sees of the inputs before it asks for them: a session shifts the offsets of their items.
+
+        Until they are opened there is nothing in these that it would have to unwrap.
+        """
+        return getattr(self.raw if self.inputs is None else self.inputs, "mm_items", ())
+
     def get(self, key: str, default: Any = None) -> Any:
+        """Releases up to 0.5.9 look in here for pointers to unwrap: there are none."""
         return default
 
 
