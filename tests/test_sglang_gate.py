@@ -51,6 +51,11 @@ class CloseSession:
 
 
 @dataclass
+class OpenSession:
+    session_id: str
+
+
+@dataclass
 class Control:
     name: str
 
@@ -78,7 +83,7 @@ def release(*, errors: bool = True) -> Release:
         single=(Request,),
         batch=(Batch,),
         abort=Abort,
-        close_session=CloseSession,
+        session=(OpenSession, CloseSession),
         error=RuntimeError if errors else None,
         refused=RuntimeError if errors else None,
         unwrap=lambda request: request,
@@ -182,6 +187,15 @@ def test_a_session_keeps_its_order_and_others_do_not_wait_for_it(world: World) -
     first, second, third = world.poll_until(3)
     assert (first.rid, second.rid, third) == ("1", "2", CloseSession("mine"))
     assert world.poll(Request("3", session_params=mine))[0].rid == "3", "a session that waits for nothing waited"
+
+
+def test_a_session_that_opens_anew_waits_for_its_end(world: World) -> None:
+    world.go.clear()
+    mine = collections.namedtuple("Params", "id")("mine")
+    assert world.poll(Request("1", raw(), session_params=mine), CloseSession("mine"), OpenSession("mine")) == []
+    assert world.poll(OpenSession("other")) == [OpenSession("other")]
+    world.go.set()
+    assert world.poll_until(3)[1:] == [CloseSession("mine"), OpenSession("mine")]
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ class Gate:
         session: Hashable = None
         if params is not None:
             session = params.id
-        elif self._release.parts(request) or isinstance(request, self._release.close_session):
+        elif self._release.parts(request) or isinstance(request, self._release.session):
             session = getattr(request, "session_id", None)
         return session
 

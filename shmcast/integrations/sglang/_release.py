@@ -43,7 +43,7 @@ class Release:
     single: tuple[Any, ...]
     batch: tuple[Any, ...]
     abort: Any
-    close_session: Any
+    session: tuple[Any, ...]
     error: Any
     refused: Any
     unwrap: Callable[[Any], Any]
@@ -158,7 +158,7 @@ def find_release() -> Release:
         single=(_attribute(io, "TokenizedGenerateReqInput"), _attribute(io, "TokenizedEmbeddingReqInput")),
         batch=(_attribute(io, "BatchTokenizedGenerateReqInput"), _attribute(io, "BatchTokenizedEmbeddingReqInput")),
         abort=_attribute(io, "AbortReq"),
-        close_session=_attribute(io, "CloseSessionReqInput"),
+        session=(_attribute(io, "OpenSessionReqInput"), _attribute(io, "CloseSessionReqInput")),
         error=getattr(io, "MMInputsProcessError", None),
         refused=getattr(scheduler, "_MultimodalInputProcessingError", None),
         unwrap=getattr(utils, "unwrap_shm_features", lambda request: request),
