@@ -16,7 +16,7 @@ from shmcast.integrations.sglang._settings import read_settings
 from tests.sglang import requests
 from tests.sglang.engine import FROM_DICT, REQUEST_ERRORS, io_struct
 from tests.sglang.requests import KINDS, abort, batch, generate, pointed, raw_of, same
-from tests.sglang.serving import Slow, leases, serving, stock_inputs, wait_for_leases
+from tests.sglang.serving import Serving, Slow, leases, serving, stock_inputs, wait_for_leases
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.multiprocess
@@ -524,18 +524,22 @@ def test_under_data_parallel_attention(
     assert all(len(rids) == 2 for rids in got)
 
 
-def staged(rank: int, address: str) -> list[str]:
+def serve_staged(serve: Serving, count: int) -> None:
     """Two pipeline stages: the second receives what the first handled, over SGLang's own point-to-point."""
     from sglang.srt.utils import point_to_point_pyobj
 
+    engine, rank, size = serve.engine, dist.get_rank(), dist.get_world_size() // 2
+    while sum(map(len, serve.ticks)) < count:
+        received = serve.tick()
+        if engine.ranks["pp_rank"] == 0 and engine.ranks["attn_tp_rank"] == 0:
+            point_to_point_pyobj(received, rank, engine.groups["world_group"].cpu_group, rank, rank + size)
+        del received  # it has the tickets
+
+
+def staged(rank: int, address: str) -> list[str]:
     with serving(address, pp=2) as serve:
-        engine, size = serve.engine, dist.get_world_size() // 2
         serve.send(generate("pixels", raw_of(KINDS["all"]())), generate("text", None))
-        while sum(map(len, serve.ticks)) < 2:
-            received = serve.tick()
-            if engine.ranks["pp_rank"] == 0 and engine.ranks["attn_tp_rank"] == 0:
-                point_to_point_pyobj(received, rank, engine.groups["world_group"].cpu_group, rank, rank + size)
-            del received  # it has the tickets
+        serve_staged(serve, 2)
         same(serve.inputs["pixels"], stock_inputs(raw_of(KINDS["all"]())))
         dist.barrier()
         serve.forget()
@@ -545,6 +549,25 @@ def staged(rank: int, address: str) -> list[str]:
 
 def test_a_later_pipeline_stage_maps_what_the_first_made(engines: Ranks, tmp_path: Path) -> None:
     assert engines.run(4, staged, at(tmp_path)) == [["pixels", "text"]] * 4
+
+
+def staged_bad(rank: int, address: str) -> str:
+    with serving(address, pp=2) as serve:
+        serve.send(generate("bad", requests.malformed()))
+        serve_staged(serve, 1)
+        error = serve.inputs["bad"]
+        dist.barrier()
+        serve.forget()
+        wait_for_leases(serve, 0)
+        dist.barrier()  # a rank that leaves gives back what it never opened
+        return str(error)
+
+
+@pytest.mark.skipif(not REQUEST_ERRORS, reason="a bad request ends the schedulers")
+def test_a_malformed_request_leaves_nothing_in_a_later_stage(engines: Ranks, tmp_path: Path) -> None:
+    first, *others = engines.run(4, staged_bad, at(tmp_path))
+    assert "processing failed on the TP entry rank" in first
+    assert others == [first] * 3
 
 
 # Joining.

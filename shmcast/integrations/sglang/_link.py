@@ -107,7 +107,7 @@ class Link:
         if not found:
             return requests
         messages: dict[bytes, list[Ticket]] = {}
-        for _, ticket in found:
+        for ticket in found:
             messages.setdefault(ticket.handle, []).append(ticket)
         failed = torch.tensor([not self._open(*message) for message in messages.items()], dtype=torch.int32)
         stage = self._ends.stage
@@ -115,10 +115,8 @@ class Link:
             dist.all_reduce(failed, dist.ReduceOp.MAX, group=stage)
         if failed.any():
             self._send_raw([t for bad, tickets in zip(failed, messages.values(), strict=True) if bad for t in tickets])
-        for part, ticket in found:
-            if isinstance(ticket.inputs, Failure):
-                self._release.set_raw(part, self._release.error(ticket.inputs.text))
-            elif ticket.inputs is not None:
+        for ticket in found:
+            if ticket.inputs is not None:
                 ticket.raw = None
         return requests
 
@@ -167,6 +165,8 @@ class Link:
             if raw is None:
                 raise MaterializeError(
                     f"pipeline stage {ends.place.stage} cannot open a request's inputs, and the raw ones stayed in "
+            if isinstance(inputs.inputs, Failure):
+                raise self._release.refused(inputs.inputs.text)
                     "stage 0: see the warning of the rank that could not"
                 )
             ticket.inputs, ticket.raw = None, raw
