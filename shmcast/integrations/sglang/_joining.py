@@ -144,7 +144,7 @@ def unfit(scheduler: Any, settings: Settings) -> str:
         return "--language-only: inputs come from encoders, not from the tokenizer"
     if getattr(args, "mm_feature_transport", None) == "cuda_vmm":
         return "--mm-feature-transport cuda_vmm: features do not pass through this machine's memory"
-    if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true", "yes"):
+    if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true", "yes", "y"):
         return "SGLANG_RUST_SERVER=1: requests come through no socket"
     if os.environ.get("SGLANG_MM_BUFFER_SIZE_MB", "0") not in ("", "0"):
         return "SGLANG_MM_BUFFER_SIZE_MB: one GPU buffer for all requests, which two threads cannot fill"
