@@ -52,6 +52,23 @@ def test_every_kind_is_what_every_rank_alone_makes(engines: Ranks, tmp_path: Pat
     assert first.get("flag", 0) == 0, "what was made already went through the flag path"
 
 
+def in_inference_mode(rank: int, address: str, flag: bool) -> int:
+    """As the scheduler's event loop runs: what it receives there are inference tensors, also to the worker threads."""
+    with torch.inference_mode(), serving(address, flag=flag, settings={"admission": not flag}) as serve:
+        serve.send(*(generate(name, raw_of(kind())) for name, kind in KINDS.items()))
+        serve.serve(len(KINDS))
+        for name, kind in KINDS.items():
+            same(serve.inputs[name], stock_inputs(raw_of(kind())), name)
+        stats = serve.link.stats()["flag" if flag else "reader"]
+        assert not stats.fallbacks
+        return stats.messages
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_in_inference_mode_it_is_the_same(engines: Ranks, tmp_path: Path, flag: bool) -> None:
+    assert engines.run(2, in_inference_mode, at(tmp_path), flag) == [len(KINDS)] * 2
+
+
 def hashed_already(rank: int, address: str) -> int:
     raw = raw_of(KINDS["all"]())
     for item in requests.items_of(raw):
