@@ -185,7 +185,7 @@ class Engine:
 
     def inputs(self, request: Any) -> Any:
         """A received request's `MultimodalInputs`, as its handling asks for them: None for text."""
-        raw = getattr(request, "mm_inputs", None)
+        raw = getattr(request, "mm_inputs", getattr(request, "image_inputs", None))
         if raw is None:
             return None
         if hasattr(Scheduler, "_get_multimodal_inputs"):

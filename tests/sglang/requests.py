@@ -158,6 +158,13 @@ def pointed(request: Any) -> Any:
     return mm_utils.wrap_shm_features(request)
 
 
+def embed(rid: str, raw: Any) -> Any:
+    """A request for an embedding. Its inputs are called `image_inputs` up to 0.5.12."""
+    cls = io_struct.TokenizedEmbeddingReqInput
+    values = dict.fromkeys(_required(cls)) | {"rid": rid, "input_text": "", "input_ids": [1, 2, 3]}
+    return cls(**values | {"mm_inputs" if "mm_inputs" in _fields(cls) else "image_inputs": raw})
+
+
 def batch(requests: list[Any]) -> Any:
     return io_struct.BatchTokenizedGenerateReqInput(batch=requests)
 
@@ -212,6 +219,6 @@ def same(left: Any, right: Any, path: str = "inputs") -> None:
 def _fields(value: Any) -> list[str]:
     if dataclasses.is_dataclass(value):
         return [field.name for field in dataclasses.fields(value)]
-    if isinstance(value, msgspec.Struct):
+    if isinstance(value, msgspec.Struct) or (isinstance(value, type) and issubclass(value, msgspec.Struct)):
         return list(value.__struct_fields__)
     return []

@@ -61,12 +61,26 @@ def in_inference_mode(rank: int, address: str, flag: bool) -> int:
             same(serve.inputs[name], stock_inputs(raw_of(kind())), name)
         stats = serve.link.stats()["flag" if flag else "reader"]
         assert not stats.fallbacks
-        return stats.messages
+        return int(stats.messages)
 
 
 @pytest.mark.parametrize("flag", [False, True])
 def test_in_inference_mode_it_is_the_same(engines: Ranks, tmp_path: Path, flag: bool) -> None:
     assert engines.run(2, in_inference_mode, at(tmp_path), flag) == [len(KINDS)] * 2
+
+
+def embedding(rank: int, address: str) -> int:
+    with serving(address) as serve:
+        serve.send(requests.embed("pixels", raw_of(KINDS["video"]())))
+        received: list[Any] = []
+        while not received:
+            received = serve.engine.receive()
+        same(serve.engine.inputs(received[0]), stock_inputs(raw_of(KINDS["video"]())))
+        return int(serve.link.stats()["reader"].messages)
+
+
+def test_a_request_for_an_embedding_is_held_too(engines: Ranks, tmp_path: Path) -> None:
+    assert engines.run(2, embedding, at(tmp_path)) == [1, 1]
 
 
 def hashed_already(rank: int, address: str) -> int:

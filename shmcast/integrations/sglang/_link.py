@@ -102,8 +102,8 @@ class Link:
         Where one rank cannot open a message, none uses it: the entry rank sends the raw inputs behind it instead.
         """
         parts = [part for request in requests or () for part in self._release.parts(request)]
-        found = [(part, ticket) for part in parts if isinstance(ticket := self._release.raw_of(part), Ticket)]
-        found = [(part, ticket) for part, ticket in found if not self._drop(part, ticket)]
+        tickets = [(part, ticket) for part in parts if isinstance(ticket := self._release.raw_of(part), Ticket)]
+        found = [ticket for part, ticket in tickets if not self._drop(part, ticket)]
         if not found:
             return requests
         messages: dict[bytes, list[Ticket]] = {}
@@ -165,8 +165,6 @@ class Link:
             if raw is None:
                 raise MaterializeError(
                     f"pipeline stage {ends.place.stage} cannot open a request's inputs, and the raw ones stayed in "
-            if isinstance(inputs.inputs, Failure):
-                raise self._release.refused(inputs.inputs.text)
                     "stage 0: see the warning of the rank that could not"
                 )
             ticket.inputs, ticket.raw = None, raw
@@ -174,6 +172,8 @@ class Link:
     def _take(self, stock: Callable[[Any], Any], inputs: Any) -> Any:
         """What stands in for `stock`, a method that makes raw inputs: what is made already passes through."""
         if isinstance(inputs, Ticket):
+            if isinstance(inputs.inputs, Failure):
+                raise self._release.refused(inputs.inputs.text)
             return stock(inputs.raw) if inputs.inputs is None else inputs.inputs
         return inputs if isinstance(inputs, self._release.inputs) else stock(inputs)
 
