@@ -506,6 +506,7 @@ def on_a_gpu(rank: int, address: str) -> list[list[str]]:
     feature = requests.items_of(raw)[0].feature
     requests.items_of(raw)[0].feature = torch.empty(feature.shape, device="meta")
     with serving(address) as serve:
+        dist.barrier()  # its groups are made everywhere
         if rank == 0:
             serve.gate()._take_in(generate("elsewhere", raw))
             assert not serve.gate()._held
