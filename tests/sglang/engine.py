@@ -14,6 +14,7 @@ import os
 import sys
 import types
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -248,8 +249,18 @@ class Engine:
 
             get_parallel().override_permanently(**self.groups)
             self._closing.append(get_parallel().clear_stamp)
+        self._set_globals()
         scheduler.request_receiver = SchedulerRequestReceiver(**{k: v for k, v in values.items() if k in known})
         return scheduler
+
+    def _set_globals(self) -> None:
+        """0.5.20 looks for attention's groups where `initialize_model_parallel` puts them."""
+        from sglang.srt.distributed import parallel_state
+
+        for name, group in (("_ATTN_TP", "attn_tp_group"), ("_ATTN_CP", "attn_cp_group")):
+            if hasattr(parallel_state, name):
+                setattr(parallel_state, name, self.groups[group])
+                self._closing.append(partial(setattr, parallel_state, name, None))
 
 
 def _server_args(tp_size: int, pp: int, attn_dp: int, attn_cp: int, flag: bool) -> Any:
