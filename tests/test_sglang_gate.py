@@ -140,7 +140,7 @@ class World:
 
     def close(self) -> None:
         self.go.set()
-        self.gate.close()
+        self.admission.close()
         self.reader.close()
         self.writer.close()
 
@@ -304,6 +304,7 @@ def test_one_rank_of_a_replica_receives() -> None:
     ("name", "value", "attribute", "expected"),
     [
         ("SHMCAST_SGLANG", "1", "on", True),
+        ("SGLANG_MM_SKIP_COMPUTE_HASH", "y", "draws_hashes", True),
         ("SHMCAST_SGLANG_ADMISSION", "no", "admission", False),
         ("SHMCAST_SGLANG_TOKENIZER", "true", "tokenizer", True),
         ("SHMCAST_SGLANG_WORKERS", "5", "workers", 5),

@@ -14,7 +14,7 @@ from shmcast.integrations.sglang._install import link
 from shmcast.integrations.sglang._release import find_release
 from shmcast.integrations.sglang._settings import read_settings
 from tests.sglang import requests
-from tests.sglang.engine import FROM_DICT, REQUEST_ERRORS, io_struct
+from tests.sglang.engine import FROM_DICT, REQUEST_ERRORS, Engine, io_struct
 from tests.sglang.requests import KINDS, abort, batch, generate, pointed, raw_of, same
 from tests.sglang.serving import Serving, Slow, leases, serving, stock_inputs, wait_for_leases
 from tests.support.ranks import Ranks
@@ -635,6 +635,49 @@ def cannot_attach(rank: int, address: str) -> bool:
 
 def test_a_rank_that_cannot_attach_keeps_all_apart(engines: Ranks, tmp_path: Path) -> None:
     assert engines.run(3, cannot_attach, at(tmp_path)) == [False] * 3
+
+
+def no_threads(rank: int, address: str) -> bool:
+    from shmcast.integrations.sglang import _link
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(11, "no threads")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_link, "Admission", refuse)
+        with serving(address, flag=True) as serve:
+            serve.send(generate("pixels", raw_of(KINDS["video"]())))
+            serve.serve(1)
+            same(serve.inputs["pixels"], stock_inputs(raw_of(KINDS["video"]())))
+            return serve.link.admits is True
+
+
+def test_an_entry_rank_that_cannot_hold_requests_keeps_all_apart(engines: Ranks, tmp_path: Path) -> None:
+    assert engines.run(2, no_threads, at(tmp_path)) == [False, False]
+
+
+def on_two_nodes(rank: int, address: str) -> list[bool]:
+    """One of the two was never asked to have shmcast: no collective may wait for it."""
+    from shmcast.integrations.sglang import _joining, _link
+
+    engine = Engine(address, flag=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (_joining, _link):
+                patch.setattr(module, "nodes_of", lambda scheduler: 2)
+            if rank == 0:
+                made = link(engine.scheduler, find_release(), read_settings())
+                assert not made.admits
+                assert not made.stats()
+                made.close()
+        return [rank == 0]
+    finally:
+        dist.barrier()
+        engine.close()
+
+
+def test_several_nodes_are_left_alone(engines: Ranks, tmp_path: Path) -> None:
+    assert engines.run(2, on_two_nodes, at(tmp_path)) == [[True], [False]]
 
 
 def alone(rank: int, address: str) -> bool:

@@ -68,10 +68,6 @@ class Gate:
             self._take_in(self._receive(flags | zmq.NOBLOCK))
         return self._out.popleft()
 
-    def close(self) -> None:
-        """Hold no more. What is held is lost, as what lies in the socket is."""
-        self.admission.close()
-
     def _take_in(self, request: Any) -> None:
         if isinstance(request, self._release.abort):
             self._let_out_aborted(request)

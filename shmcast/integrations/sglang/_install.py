@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 
 from shmcast.integrations.sglang._gate import Gate
 from shmcast.integrations.sglang._joining import ADDRESS
-from shmcast.integrations.sglang._tokenizer import close_writers, find_targets
+from shmcast.integrations.sglang._release import unlike
+from shmcast.integrations.sglang._tokenizer import Target, close_writers, find_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,12 +30,13 @@ def replace_targets(release: Release, settings: Settings) -> list[Callable[[], N
     # A launcher's schedulers launch none: they inherit the address.
     launches = settings.tokenizer and ADDRESS not in os.environ
     targets = find_targets(release, settings) if launches else []
-    undo = [_replace(release.scheduler, "__init__", functools.partial(_linking, release, settings)), _close_links]
     with suppress(ModuleNotFoundError):
         receiver = importlib.import_module("sglang.srt.managers.scheduler_components.request_receiver")
-        undo.append(_replace(receiver, "sock_recv", _receiving))
-    undo += [_replace(*target) for target in targets]
-    return [*undo, close_writers]
+        if not hasattr(receiver, "sock_recv"):
+            raise unlike("request_receiver has no sock_recv")
+        targets.append(Target(receiver, "sock_recv", _receiving))
+    targets.append(Target(release.scheduler, "__init__", functools.partial(_linking, release, settings)))
+    return [*(_replace(*target) for target in targets), _close_links, close_writers]
 
 
 def link(scheduler: Any, release: Release, settings: Settings) -> Link:

@@ -24,8 +24,11 @@ from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed import ProcessGroup
 
+    from shmcast.admission import Admission
     from shmcast.integrations.sglang._settings import Settings
 
 ADDRESS: Final = "SHMCAST_SGLANG_ADDRESS"
@@ -39,24 +42,23 @@ log = logging.getLogger("shmcast")
 class Shared(NamedTuple):
     """One rank's ends of a replica's memory.
 
-    `writer`: on its entry rank. `reader`: on every rank. `tokenizer`: on every rank or on none. `stage`: this pipeline
-    stage's ranks of it, None where there is one. `entry`: the global rank of the first of these.
+    `writer`, `admission`: on its entry rank. `reader`: on every rank. `tokenizer`: on every rank or on none. `stage`:
+    this pipeline stage's ranks of it, None where there is one. `entry`: the global rank of the first of these.
     """
 
     place: Place
     ranks: int
     writer: Writer | None
+    admission: Admission | None
     reader: Reader
     tokenizer: Reader | None
     stage: ProcessGroup | None
     entry: int
 
     def close(self) -> None:
-        self.reader.close()
-        if self.tokenizer is not None:
-            self.tokenizer.close()
-        if self.writer is not None:
-            self.writer.close()
+        for end in (self.admission, self.tokenizer, self.reader, self.writer):
+            if end is not None:
+                end.close()
         if self.stage is not None:
             dist.destroy_process_group(self.stage)
 
@@ -79,13 +81,16 @@ class _Said:
     attached: str = ""
 
 
-def share(scheduler: Any, settings: Settings) -> Shared | Apart:
-    """Make this rank's ends. Every rank of the world, at the same point."""
+def share(scheduler: Any, settings: Settings, admit: Callable[[Writer], Admission]) -> Shared | Apart:
+    """Make this rank's ends, an entry rank's admission by `admit`. Every rank of the world, at the same point."""
+    place = place_of(scheduler)
+    if nodes_of(scheduler) > 1:  # the other nodes may not have been asked: no exchange
+        return Apart(place, f"--nnodes {nodes_of(scheduler)}: shared memory ends with the machine")
     group = world_group(scheduler)
     rank = dist.get_rank(group)
-    place = place_of(scheduler)
     mine = _Said(place, settings, unfit(scheduler, settings))
     writer: Writer | None = None
+    admission: Admission | None = None
     reader: Reader | None = None
     tokenizer: Reader | None = None
 
@@ -98,6 +103,7 @@ def share(scheduler: Any, settings: Settings) -> Shared | Apart:
         try:
             policy = Policy(wait=settings.wait)
             writer = Writer(len(replica), capacity=settings.capacity, allow=ALLOW, policy=policy, rank=rank)
+            admission = admit(writer)
             mine = replace(mine, address=bytes(writer.address))
         except Exception as error:
             mine = replace(mine, trouble=describe(error))
@@ -121,7 +127,7 @@ def share(scheduler: Any, settings: Settings) -> Shared | Apart:
         log.warning("the tokenizer sends as in stock: %s", [said[other].attached or "not tried" for other in replica])
 
     if why or reader is None:
-        for end in (reader, tokenizer, writer):
+        for end in (admission, tokenizer, reader, writer):
             if end is not None:
                 end.close()
         stage = groups.get((place.replica, place.stage))
@@ -130,7 +136,13 @@ def share(scheduler: Any, settings: Settings) -> Shared | Apart:
         return Apart(place, why)
     entry = next(other for other in replica if said[other].place.stage == place.stage)
     stage = groups.get((place.replica, place.stage))
-    return Shared(place, len(replica), writer, reader, tokenizer, stage, dist.get_global_rank(group, entry))
+    first = dist.get_global_rank(group, entry)
+    return Shared(place, len(replica), writer, admission, reader, tokenizer, stage, first)
+
+
+def nodes_of(scheduler: Any) -> int:
+    """Machines that the server runs on; the same on all of them."""
+    return int(getattr(scheduler.server_args, "nnodes", 1))
 
 
 def unfit(scheduler: Any, settings: Settings) -> str:
@@ -138,8 +150,6 @@ def unfit(scheduler: Any, settings: Settings) -> str:
     args = scheduler.server_args
     if not settings.admission:
         return "SHMCAST_SGLANG_ADMISSION=0"
-    if getattr(args, "nnodes", 1) > 1:
-        return f"--nnodes {args.nnodes}: shared memory ends with the machine"
     if getattr(args, "language_only", False):
         return "--language-only: inputs come from encoders, not from the tokenizer"
     if getattr(args, "mm_feature_transport", None) == "cuda_vmm":

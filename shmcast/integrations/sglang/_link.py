@@ -20,7 +20,7 @@ from shmcast.admission import Admission
 from shmcast.broadcaster import Broadcaster
 from shmcast.errors import MaterializeError
 from shmcast.integrations.sglang._gate import Gate, maker_of_all
-from shmcast.integrations.sglang._joining import ALLOW, Shared, share
+from shmcast.integrations.sglang._joining import ALLOW, Shared, nodes_of, share
 from shmcast.integrations.sglang._pointers import fetch, receive_with
 from shmcast.integrations.sglang._release import flag_group
 from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shmcast.integrations.sglang._release import Release
     from shmcast.integrations.sglang._settings import Settings
     from shmcast.metrics import Stats
+    from shmcast.transport import Writer
 
 FLAG_CAPACITY = 64 << 20
 """Bytes of shared memory of the flag path: tensors travel as references there."""
@@ -55,12 +56,12 @@ class Link:
         self._gate: Gate | None = None
         self._flag: Broadcaster | None = None
         self._tokenizer: TokenizerReader | None = None
-        shared = share(scheduler, settings)
+        shared = share(scheduler, settings, partial(self._admit, settings))
         if isinstance(shared, Shared):
             self._shared = shared
             if shared.tokenizer is not None:
                 self._tokenizer = TokenizerReader(shared.tokenizer, release, self._make)
-            self._put_gate(shared, settings)
+            self._put_gate(shared)
             self._put_settling()
         self._put_making(settings)
         if shared.place.receives:
@@ -75,9 +76,8 @@ class Link:
         """Of the ends that this rank has: `reader`, `tokenizer`, `flag`, on an entry rank `writer` and `admission`."""
         ends: dict[str, Any] = {"flag": self._flag}
         if self._shared is not None:
-            ends |= {"reader": self._shared.reader, "writer": self._shared.writer, "tokenizer": self._shared.tokenizer}
-        if self._gate is not None:
-            ends["admission"] = self._gate.admission
+            names = ("reader", "writer", "tokenizer", "admission")
+            ends |= {name: getattr(self._shared, name) for name in names}
         return {name: end.stats() for name, end in ends.items() if end is not None}
 
     def close(self) -> None:
@@ -88,8 +88,6 @@ class Link:
             else:
                 setattr(self._scheduler, name, value)
         self._hidden = {}
-        if self._gate is not None:
-            self._gate.close()
         if self._flag is not None:
             self._flag.close()
         if self._shared is not None:
@@ -205,16 +203,21 @@ class Link:
         self._hidden.setdefault(name, vars(self._scheduler).get(name, _ABSENT))
         setattr(self._scheduler, name, value)
 
-    def _put_gate(self, shared: Shared, settings: Settings) -> None:
-        if shared.writer is None:
+    def _admit(self, settings: Settings, writer: Writer) -> Admission:
+        release = self._release
+        make = maker_of_all(release, lambda raw: self._make(fetch(release, raw, writer)))
+
+        def make_held(raws: list[Any]) -> list[Any] | None:
+            return make(raws) if self._tokenizer is None else self._tokenizer.preparing(make)(raws)
+
+        return Admission(writer, make_held, workers=settings.workers, max_held_bytes=settings.held_bytes)
+
+    def _put_gate(self, shared: Shared) -> None:
+        if shared.admission is None:
             return
         scheduler = self._scheduler
-        release, writer = self._release, shared.writer
-        make: Callable[[list[Any]], Any] = maker_of_all(release, lambda raw: self._make(fetch(release, raw, writer)))
-        if self._tokenizer is not None:
-            make = self._tokenizer.preparing(make)
-        admission = Admission(writer, make, workers=settings.workers, max_held_bytes=settings.held_bytes)
-        self._gate = gate = Gate(receive_with(scheduler.recv_from_tokenizer), admission, self._release)
+        receive = receive_with(scheduler.recv_from_tokenizer)
+        self._gate = gate = Gate(receive, shared.admission, self._release)
         self._put("recv_from_tokenizer", gate)
         sleep = scheduler.maybe_sleep_on_idle
         # It sleeps on the sockets: nothing would wake it when what is held is ready.
@@ -235,7 +238,7 @@ class Link:
         scheduler = self._scheduler
         stock = scheduler._process_and_broadcast_mm_inputs
         group = flag_group(scheduler)
-        if _uses_flag(scheduler) and group is not None and dist.get_world_size(group) > 1:
+        if _uses_flag(scheduler) and nodes_of(scheduler) == 1 and group is not None and dist.get_world_size(group) > 1:
             self._flag = _flag_path(group, settings)
             stock = self._materialize
         self._put("_process_and_broadcast_mm_inputs", partial(self._take, stock))

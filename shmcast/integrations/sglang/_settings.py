@@ -59,8 +59,8 @@ def read_settings() -> Settings:
 
 def _flag(name: str, default: bool) -> bool:
     text = os.environ.get(name, "").strip().lower()
-    if text in ("", "0", "1", "false", "true", "no", "yes"):
-        return text in ("1", "true", "yes") if text else default
+    if text in ("", "0", "1", "false", "true", "no", "yes", "n", "y"):  # as SGLang reads its own
+        return text in ("1", "true", "yes", "y") if text else default
     raise ValueError(f"{name}={text!r}: 0 or 1")
 
 
