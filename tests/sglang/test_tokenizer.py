@@ -4,9 +4,8 @@ import contextlib
 import copy
 import os
 import signal
-import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,14 @@ from shmcast.integrations.sglang._release import find_release
 from shmcast.integrations.sglang._settings import read_settings
 from shmcast.integrations.sglang._tickets import CARRIED, carried
 from shmcast.integrations.sglang._tokenizer import refusal
-from tests.sglang.engine import FROM_DICT, REQUEST_ERRORS, VERSION, io_struct, schedule_batch
+from tests.sglang.engine import REQUEST_ERRORS, VERSION, io_struct, schedule_batch
 from tests.sglang.requests import KINDS, abort, generate, items_of, raw_of, rows, same
+from tests.sglang.serving import Slow, stock_inputs
 from tests.sglang.tokenizer import Served, Tokenizer, launched, serving
 from tests.support.ranks import Died, Ranks
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.multiprocess
-
-MAKER = "from_dict" if FROM_DICT else "from_processor_output"
-STOCK: Callable[..., Any] = getattr(schedule_batch.MultimodalInputs, MAKER)
 
 
 def at(path: Path) -> str:
@@ -68,28 +65,6 @@ def lent(served: Served) -> int:
     return int(served.link.stats()["tokenizer"].messages)
 
 
-class Slow:
-    """Makes inputs only when told to, as long as it is entered; `began`: how many calls did."""
-
-    def __init__(self) -> None:
-        self.go = threading.Event()
-        self.began = 0
-
-    def __enter__(self) -> "Slow":
-        setattr(schedule_batch.MultimodalInputs, MAKER, staticmethod(self))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.go.set()
-        setattr(schedule_batch.MultimodalInputs, MAKER, staticmethod(STOCK))
-
-    def __call__(self, raw: Any, **options: Any) -> Any:
-        self.began += 1
-        if not self.go.wait(50):
-            raise TimeoutError("nobody told this maker to go on")
-        return STOCK(raw, **options)
-
-
 @contextlib.contextmanager
 def counting_hashes() -> Iterator[list[int]]:
     """One entry for each item that this process hashes."""
@@ -123,7 +98,7 @@ def every_kind(rank: int, address: str, flag: bool, known: bool) -> tuple[dict[s
             served.serve(len(KINDS) + 1)
         assert served.inputs.pop("text") is None
         for name in KINDS:
-            same(served.inputs[name], STOCK(made_of(name)), name)
+            same(served.inputs[name], stock_inputs(made_of(name)), name)
         stats = served.link.stats()
         assert not any(each.fallbacks for each in stats.values())
         served.forget()
@@ -154,7 +129,7 @@ def in_batch(rank: int, address: str, known: bool) -> int:
         assert served.received == [part.rid for part in parts]
         assert served.inputs["text"] is None
         for name in KINDS:
-            same(served.inputs[name], STOCK(made_of(name)), name)
+            same(served.inputs[name], stock_inputs(made_of(name)), name)
         opened = lent(served)
         served.forget()
         parts.clear()
@@ -181,7 +156,7 @@ def samples(rank: int, address: str, count: int) -> tuple[int, int]:
         served.serve(count)
         served.inputs["sample 0"].mm_items[0].feature.zero_()
         for number in range(1, count):
-            same(served.inputs[f"sample {number}"], STOCK(images()))
+            same(served.inputs[f"sample {number}"], stock_inputs(images()))
         del tokenized
         served.forget()
         served.wait_until_free()
@@ -210,7 +185,7 @@ def changed_between(rank: int, address: str) -> None:
         items_of(tokenized.mm_inputs)[0].feature.zero_()
         served.send(sample_of(tokenized, "after"))
         served.serve(2)
-        same(served.inputs["before"], STOCK(images()))
+        same(served.inputs["before"], stock_inputs(images()))
         assert not served.inputs["after"].mm_items[0].feature.any()
         assert served.inputs["after"].mm_items[1].feature.any()
 
@@ -239,7 +214,7 @@ def odd_layouts(rank: int, address: str) -> None:
     with serving(address) as served:
         served.send(generate("odd", raw()))
         served.serve(1)
-        same(served.inputs["odd"], STOCK(raw()))
+        same(served.inputs["odd"], stock_inputs(raw()))
         assert lent(served) == 1
 
 
@@ -253,7 +228,7 @@ def by_msgpack(rank: int, address: str, known: bool) -> int:
         raw = made_of("all")
         served.send(packable(generate("all", hashed(raw) if known else raw)))
         served.serve(1)
-        same(served.inputs["all"], STOCK(made_of("all")))
+        same(served.inputs["all"], stock_inputs(made_of("all")))
         return lent(served)
 
 
@@ -268,7 +243,7 @@ def packable(request: Any) -> Any:
     return request
 
 
-@pytest.mark.skipif(not hasattr(io_struct, "_USE_PICKLE_IPC"), reason="this release has pickle only")
+@pytest.mark.skipif(VERSION < (0, 5, 20), reason="this release sends inputs by pickle only")
 @pytest.mark.parametrize("known", [False, True])
 def test_by_msgpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     monkeypatch.setenv("SGLANG_USE_PICKLE_IPC", "0")  # which SGLang reads when it is imported
@@ -291,7 +266,7 @@ def staged(rank: int, address: str, known: bool) -> list[str]:
                     point_to_point_pyobj(received, rank, engine.groups["world_group"].cpu_group, rank, rank + size)
                 del received  # it has the tickets
         assert rank == 0 or not hashes
-        same(served.inputs["pixels"], STOCK(made_of("all")))
+        same(served.inputs["pixels"], stock_inputs(made_of("all")))
         del raw
         served.forget()
         dist.barrier()
@@ -299,6 +274,7 @@ def staged(rank: int, address: str, known: bool) -> list[str]:
         return sorted(served.received)
 
 
+@pytest.mark.skipif(VERSION < (0, 5, 7), reason="this release sends requests to the next stage from GPU to GPU")
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_next_pipeline_stage_opens_its_own_lease(engines: Ranks, tmp_path: Path, n: int, known: bool) -> None:
@@ -315,7 +291,7 @@ def overtaken(rank: int, address: str) -> list[str]:
         assert served.received == ["text"]
         slow.go.set()
         served.serve(2)
-        same(served.inputs["pixels"], STOCK(images()))
+        same(served.inputs["pixels"], stock_inputs(images()))
         return served.received
 
 
@@ -348,7 +324,7 @@ def slow_ticks(served: Served, slow: Slow, busy: int) -> bool:
     """Whether that many makers run, after one look at the socket."""
     with contextlib.suppress(Exception):
         served.engine.scheduler.recv_from_tokenizer.recv_pyobj()
-    return slow.began == busy
+    return slow.calls == busy
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -363,7 +339,7 @@ def bad(rank: int, address: str) -> str:
     with serving(address) as served:
         served.send(generate("bad", raw_of([item])), generate("good", images()))
         served.serve(2)
-        same(served.inputs["good"], STOCK(images()))
+        same(served.inputs["good"], stock_inputs(images()))
         return type(served.inputs["bad"]).__name__
 
 
@@ -390,10 +366,10 @@ def one_cannot_open(rank: int, address: str, who: int, known: bool) -> str:
         served.send(generate("all", hashed(raw) if known else raw), generate("more", hashed(images())))
         del raw
         served.serve(2)
-        same(served.inputs["more"], STOCK(images()))
+        same(served.inputs["more"], stock_inputs(images()))
         got = served.inputs.pop("all")
         if not isinstance(got, Exception):
-            same(got, STOCK(made_of("all")))
+            same(got, stock_inputs(made_of("all")))
         result = type(got).__name__
         del got
         served.forget()
@@ -420,7 +396,7 @@ def absent(rank: int, address: str) -> int:
         assert "tokenizer" not in served.link.stats()
         served.send(generate("pixels", images()), generate("more", images()))
         served.serve(2)
-        same(served.inputs["pixels"], STOCK(images()))
+        same(served.inputs["pixels"], stock_inputs(images()))
         return served.tokenizer.writer().stats().messages if served.tokenizer is not None else 0
 
 
@@ -433,7 +409,7 @@ def full(rank: int, address: str) -> int:
         served.send(*(generate(str(number), hashed(images())) for number in range(4)))
         served.serve(4)
         for number in range(4):
-            same(served.inputs[str(number)], STOCK(images()))
+            same(served.inputs[str(number)], stock_inputs(images()))
         opened = lent(served)
         served.forget()
         served.wait_until_free()
@@ -553,6 +529,16 @@ def test_a_refused_launch_says_why_and_is_stock(caplog: pytest.LogCaptureFixture
         assert not address
         assert not _tokenizer.writers
     assert "the tokenizer sends as in stock: dp_size=2" in caplog.text
+
+
+@pytest.mark.skipif(not (0, 5, 17) <= VERSION < (0, 5, 20), reason="this release does not wrap inputs up")
+def test_refused_where_the_gate_cannot_see_a_carrier(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(io_struct, "_USE_PICKLE_IPC", False)
+    with launched(Manager(), arguments(), replace(read_settings(), on=True, tokenizer=True)) as address:
+        assert not address
+    assert "SGLANG_USE_PICKLE_IPC=0: this release wraps up" in caplog.text
 
 
 def test_a_launch_that_fails_leaves_nothing() -> None:

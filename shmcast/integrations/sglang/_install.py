@@ -27,7 +27,7 @@ links: WeakKeyDictionary[Any, Link] = WeakKeyDictionary()
 
 def replace_targets(release: Release, settings: Settings) -> list[Callable[[], None]]:
     """Replace them; what puts each back."""
-    # A launcher's schedulers launch none: they inherit the address.
+    # Who inherits the address was launched, and launches nothing.
     launches = settings.tokenizer and ADDRESS not in os.environ
     targets = find_targets(release, settings) if launches else []
     with suppress(ModuleNotFoundError):

@@ -14,6 +14,7 @@ import copy
 import importlib
 import inspect
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -95,6 +96,15 @@ class Release:
         """Raw inputs with nothing but this feature, which no processor gives: whole through pickle and msgpack."""
         items = [self.item(modality=self.image, feature=feature)]
         return {"mm_items": items} if self.makes_from_dict else self.processed(mm_items=items)
+
+    @property
+    def hides_raw(self) -> bool:
+        """Whether raw inputs cross the socket pickled inside of what is not: from 0.5.17 to 0.5.19, without pickle."""
+        part = SimpleNamespace(mm_inputs={}, mm_data_mooncake=None, time_stats=None)
+        wrap = getattr(self.single[0], "wrap_pickle_fields", None)
+        if wrap is not None:
+            wrap(part)
+        return bool(part.mm_inputs != {})
 
     def is_hashed(self, raw: Any) -> bool:
         """Whether making these inputs finds all of them hashed."""

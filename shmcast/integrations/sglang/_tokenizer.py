@@ -190,14 +190,15 @@ def _launching(release: Release, settings: Settings, stock: Any) -> Any:
     def launch(*args: Any, **kwargs: Any) -> Any:
         server_args = signature.bind(*args, **kwargs).arguments["server_args"]
         end = _open(server_args, release, settings)
-        if end is None:
-            return stock(*args, **kwargs)
-        os.environ[ADDRESS] = bytes(end.writer.address).hex()
+        # Empty where there is none: who inherits it is launched, and launches nothing.
+        os.environ[ADDRESS] = "" if end is None else bytes(end.writer.address).hex()
         try:
             launched = stock(*args, **kwargs)
-            writers[launched[0]] = end
+            if end is not None:
+                writers[launched[0]] = end
         except BaseException:
-            end.close()
+            if end is not None:
+                end.close()
             raise
         finally:
             del os.environ[ADDRESS]
@@ -208,6 +209,8 @@ def _launching(release: Release, settings: Settings, stock: Any) -> Any:
 
 def _open(args: Any, release: Release, settings: Settings) -> TokenizerWriter | None:
     why = refusal(args, settings)
+    if release.hides_raw:
+        why = why or "SGLANG_USE_PICKLE_IPC=0: this release wraps up what the entry rank would have to look at"
     if not why:
         try:
             end = TokenizerWriter(args.tp_size * getattr(args, "pp_size", 1), release, settings)
