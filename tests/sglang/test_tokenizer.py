@@ -433,7 +433,7 @@ def unsent(rank: int, address: str) -> None:
             same(request.mm_inputs, images())
             manager.send_to_scheduler = socket
             del request
-            served.wait_until_free()
+            served.wait_until_free(alone=True)
 
 
 def test_what_cannot_be_sent_is_taken_back(engines: Ranks, tmp_path: Path) -> None:
@@ -451,7 +451,7 @@ def killed(rank: int, address: str) -> int:
         tokenizer = tokenizer_of(served)
         writer = tokenizer.writer()
         until(lambda: writer.stats().leases[1].alive is False, "the tokenizer notices")
-        served.wait_until_free()
+        served.wait_until_free(alone=True)
         request = generate("more", images())
         raw = request.mm_inputs
         with _tokenizer.writers[tokenizer.manager].lending([request]):

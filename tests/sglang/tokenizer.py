@@ -141,13 +141,15 @@ class Served:
         assert self.tokenizer is not None
         return sum(lease.held for lease in self.tokenizer.writer().stats().leases)
 
-    def wait_until_free(self) -> None:
-        """Until nobody, the tokenizer included, claims anything of the tokenizer's memory."""
+    def wait_until_free(self, *, alone: bool = False) -> None:
+        """Until nobody, the tokenizer included, claims anything of its memory; all ranks stay until then, if not alone."""
         gc.collect()
         if self.tokenizer is not None:
             writer = self.tokenizer.writer()
             until(lambda: self.held() == 0, "no lease on the tokenizer's messages is held")
-            until(lambda: bool(writer.settle() or writer.stats().live_blocks == 0), "no block of the tokenizer is live")
+            until(lambda: writer.stats().live_blocks == 0, "no block of the tokenizer's is live")
+        if not alone:
+            dist.barrier()
 
     def forget(self) -> None:
         self.inputs.clear()
