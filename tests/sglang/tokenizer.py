@@ -142,7 +142,7 @@ class Served:
         return sum(lease.held for lease in self.tokenizer.writer().stats().leases)
 
     def wait_until_free(self, *, alone: bool = False) -> None:
-        """Until nobody, the tokenizer included, claims anything of its memory; all ranks stay until then, if not alone."""
+        """Until nobody, the tokenizer included, claims any of its memory; all ranks stay until then, if not alone."""
         gc.collect()
         if self.tokenizer is not None:
             writer = self.tokenizer.writer()
