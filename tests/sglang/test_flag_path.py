@@ -1,6 +1,8 @@
 """`--enable-broadcast-mm-inputs-process`: every rank holds the raw inputs, one makes them, and only a header moves."""
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,3 +118,30 @@ def test_hashes_that_are_drawn_are_the_entry_ranks(engines: Ranks, tmp_path: Pat
     first, second = engines.run(2, drawn, at(tmp_path))
     assert first == second
     assert None not in first
+
+
+def hashed_by(rank: int, address: str) -> tuple[set[str], list[int]]:
+    threads: set[str] = set()
+    stock = requests.Item.set_pad_value
+
+    def noting(item: Any) -> None:
+        if item.hash is None:
+            threads.add(threading.current_thread().name.rpartition("_")[0])
+        stock(item)
+
+    requests.Item.set_pad_value = noting
+    try:
+        with serving(address, flag=True, settings=FLAG_ALONE) as serve:
+            make = serve.engine.scheduler._process_and_broadcast_mm_inputs
+            inputs = make(raw_of(KINDS["images of one parent"]()))
+            return threads, [item.hash for item in inputs.mm_items]
+    finally:
+        requests.Item.set_pad_value = stock
+
+
+def test_the_entry_rank_hashes_items_side_by_side(engines: Ranks, tmp_path: Path) -> None:
+    first, second = engines.run(2, hashed_by, at(tmp_path))
+    assert (first[0], second[0]) == ({"shmcast-hashing"}, set())
+    assert (
+        first[1] == second[1] == [item.hash for item in stock_inputs(raw_of(KINDS["images of one parent"]())).mm_items]
+    )

@@ -20,6 +20,7 @@ from shmcast.admission import Admission
 from shmcast.broadcaster import Broadcaster
 from shmcast.errors import MaterializeError
 from shmcast.integrations.sglang._gate import Gate, maker_of_all
+from shmcast.integrations.sglang._hashing import Hashing, splits_or_moves
 from shmcast.integrations.sglang._joining import ALLOW, Shared, nodes_of, share
 from shmcast.integrations.sglang._pointers import fetch, receive_with
 from shmcast.integrations.sglang._release import flag_group
@@ -49,7 +50,10 @@ class Link:
     def __init__(self, scheduler: Any, release: Release, settings: Settings) -> None:
         self._scheduler = scheduler
         self._release = release
+        self._hashing: Hashing | None = None
         self._make = release.maker(scheduler)
+        if not splits_or_moves():
+            self._make = self._hashing = Hashing(release, self._make)
         self._make_all = maker_of_all(release, self._make)
         self._hidden: dict[str, Any] = {}
         self._shared: Shared | None = None
@@ -92,6 +96,8 @@ class Link:
             self._flag.close()
         if self._shared is not None:
             self._shared.close()
+        if self._hashing is not None:
+            self._hashing.close()
         self._gate = self._flag = self._shared = self._tokenizer = None
 
     def settle(self, requests: Any) -> Any:
