@@ -129,8 +129,12 @@ class Release:
         return not any(_elsewhere(value) for item in self.items(raw) for value in _values(item))
 
     def write_back(self, raw: Any, inputs: Any) -> None:
-        """Give this rank's raw items what the maker wrote into the entry rank's: the next pipeline stage reads it."""
-        for item, made in zip(self._valid(raw), inputs.mm_items, strict=False):
+        """Give this rank's raw items what the maker wrote into the entry rank's: the next pipeline stage reads it.
+
+        A maker that splits items (`SGLANG_ENABLE_MM_SPLITTING`) writes into others.
+        """
+        items = self._valid(raw)
+        for item, made in zip(items, inputs.mm_items, strict=True) if len(items) == len(inputs.mm_items) else ():
             for name in IDENTITY:
                 if item is not made and hasattr(type(made), name):
                     setattr(item, name, getattr(made, name))
