@@ -145,3 +145,16 @@ def test_the_entry_rank_hashes_items_side_by_side(engines: Ranks, tmp_path: Path
     assert (
         first[1] == second[1] == [item.hash for item in stock_inputs(raw_of(KINDS["images of one parent"]())).mm_items]
     )
+
+
+def hashed_before(rank: int, address: str) -> int:
+    raw = raw_of(KINDS["all"]())
+    for item in requests.items_of(raw):
+        item.set_pad_value()
+    with serving(address, flag=True, settings=FLAG_ALONE) as serve:
+        same(serve.engine.scheduler._process_and_broadcast_mm_inputs(raw), stock_inputs(raw))
+        return int(serve.link.stats()["flag"].messages)
+
+
+def test_what_came_hashed_is_made_by_every_rank(engines: Ranks, tmp_path: Path) -> None:
+    assert engines.run(2, hashed_before, at(tmp_path)) == [0, 0]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from shmcast._sent import describe
+from shmcast._sent import describe, size_of
 from shmcast._wire import Handle
 from shmcast.admission import Admission
 from shmcast.broadcaster import Broadcaster
@@ -26,7 +26,7 @@ from shmcast.integrations.sglang._pointers import fetch, receive_with
 from shmcast.integrations.sglang._release import flag_group
 from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket
 from shmcast.integrations.sglang._tokenizer_reader import TokenizerReader
-from shmcast.policy import Policy
+from shmcast.policy import Policy, Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +50,7 @@ class Link:
     def __init__(self, scheduler: Any, release: Release, settings: Settings) -> None:
         self._scheduler = scheduler
         self._release = release
+        self._settings = settings
         self._hashing: Hashing | None = None
         self._make = release.maker(scheduler)
         if not splits_or_moves():
@@ -185,11 +186,20 @@ class Link:
         """What stands in for the stock flag path. Every rank of its group, in the same order."""
         if raw_mm_inputs is None or self._flag is None:
             return None
-        (made,) = self._flag.materialize([raw_mm_inputs], self._make_all)
+        if self._is_cheap(raw_mm_inputs):
+            (made,) = self._make_all([raw_mm_inputs])
+        else:
+            (made,) = self._flag.materialize([raw_mm_inputs], self._make_all)
         if isinstance(made, Failure):
             raise self._release.refused(made.text)
         self._release.write_back(raw_mm_inputs, made)
         return made
+
+    def _is_cheap(self, raw: Any) -> bool:
+        """Whether every rank makes these inputs itself; from what is the same on all of them, which hold the same."""
+        settings = self._settings
+        small = not settings.draws_hashes and size_of(raw) < settings.threshold
+        return small or self._release.is_hashed(raw)
 
     # What stands in for the scheduler's own.
 
@@ -276,9 +286,10 @@ class _Settling:
 def _flag_path(group: Any, settings: Settings) -> Broadcaster:
     """Collective over `group`."""
     if settings.draws_hashes:  # no two ranks make the same, so that none may make what another one sends
-        policy = Policy(fn_keeps_leaves=True, agree=True)
+        policy = Policy(route=Route.SHM, fn_keeps_leaves=True, agree=True)
         return Broadcaster(group, capacity=FLAG_CAPACITY, policy=policy, allow=ALLOW)
-    policy = Policy(fn_keeps_leaves=True, threshold=settings.threshold)
+    # Not by cost: that is measured on this thread, and others hash for it.
+    policy = Policy(route=Route.SHM, fn_keeps_leaves=True)
     return Broadcaster(group, control="ring", capacity=FLAG_CAPACITY, policy=policy, allow=ALLOW)
 
 
