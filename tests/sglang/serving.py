@@ -88,6 +88,8 @@ def serving(address: str, *, settings: dict[str, Any] | None = None, **options: 
         serve = Serving(engine, made, senders)
         try:
             yield serve
+            with contextlib.suppress(RuntimeError):  # one that was killed on purpose does not come
+                dist.barrier()  # who sends last may be gone before the others have read
         finally:
             serve.forget()
             serve.link.close()
