@@ -110,7 +110,7 @@ class Group:
 
     def __init__(self, ranks: list[int], cpu_group: Any) -> None:
         self.ranks = ranks
-        self.cpu_group = cpu_group
+        self.cpu_group = self.device_group = cpu_group  # 0.5.5 sends requests between stages by the latter
         self.rank = dist.get_rank()
         self.rank_in_group = ranks.index(self.rank)
         self.first_rank = ranks[0]

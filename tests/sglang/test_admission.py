@@ -14,7 +14,7 @@ from shmcast.integrations.sglang._install import link
 from shmcast.integrations.sglang._release import find_release
 from shmcast.integrations.sglang._settings import read_settings
 from tests.sglang import requests
-from tests.sglang.engine import FROM_DICT, REQUEST_ERRORS, Engine, io_struct
+from tests.sglang.engine import FROM_DICT, REQUEST_ERRORS, VERSION, Engine, io_struct
 from tests.sglang.requests import KINDS, abort, batch, generate, pointed, raw_of, same
 from tests.sglang.serving import Serving, Slow, leases, serving, stock_inputs, wait_for_leases
 from tests.support.ranks import Ranks
@@ -319,6 +319,7 @@ def limited(rank: int, address: str) -> list[list[str]]:
         return serve.ticks
 
 
+@pytest.mark.skipif(VERSION < (0, 5, 6), reason="there is no such limit")
 def test_a_limit_of_requests_a_tick_holds(engines: Ranks, tmp_path: Path) -> None:
     ticks = engines.run(2, limited, at(tmp_path))
     assert ticks[0] == ticks[1] == [["0"], ["1"], ["2"], ["pixels"]]
@@ -542,7 +543,11 @@ def layout(rank: int, address: str, options: dict[str, Any], replicas: int) -> l
     ("options", "expected"),
     [
         ({"attn_dp": 2}, ["0", "0", "1", "1"]),
-        ({"attn_cp": 2}, ["0", "0", "0", "0"]),
+        pytest.param(
+            {"attn_cp": 2},
+            ["0", "0", "0", "0"],
+            marks=pytest.mark.skipif(VERSION < (0, 5, 6), reason="there is no context parallelism"),
+        ),
         ({"attn_dp": 2, "flag": True}, ["0", "0", "1", "1"]),
     ],
     ids=["two replicas", "context parallel", "two replicas, flag"],
