@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from shmcast.integrations.sglang._settings import hashes_in_gpu_buffer, is_on
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -47,5 +49,4 @@ class Hashing:
 
 def splits_or_moves() -> bool:
     """Whether SGLang is told to hash other items than the raw ones, or elsewhere: then it does so alone."""
-    moves = os.environ.get("SGLANG_MM_BUFFER_SIZE_MB", "0") not in ("", "0")
-    return moves or os.environ.get("SGLANG_ENABLE_MM_SPLITTING", "").lower() in ("1", "true", "yes", "y")
+    return hashes_in_gpu_buffer() or is_on("SGLANG_ENABLE_MM_SPLITTING")

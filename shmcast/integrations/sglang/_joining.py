@@ -19,6 +19,7 @@ import torch.distributed as dist
 from shmcast._sent import describe
 from shmcast._wire import Address
 from shmcast.integrations.sglang._release import Place, place_of, world_group
+from shmcast.integrations.sglang._settings import Settings, hashes_in_gpu_buffer, is_on
 from shmcast.integrations.sglang._tickets import Failure
 from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from shmcast.admission import Admission
-    from shmcast.integrations.sglang._settings import Settings
 
 ADDRESS: Final = "SHMCAST_SGLANG_ADDRESS"
 """The environment variable by which schedulers inherit the address of their tokenizer's writer, in hex."""
@@ -154,9 +154,9 @@ def unfit(scheduler: Any, settings: Settings) -> str:
         return "--language-only: inputs come from encoders, not from the tokenizer"
     if getattr(args, "mm_feature_transport", None) == "cuda_vmm":
         return "--mm-feature-transport cuda_vmm: features do not pass through this machine's memory"
-    if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true", "yes", "y"):
+    if is_on("SGLANG_RUST_SERVER"):
         return "SGLANG_RUST_SERVER=1: requests come through no socket"
-    if os.environ.get("SGLANG_MM_BUFFER_SIZE_MB", "0") not in ("", "0"):
+    if hashes_in_gpu_buffer():
         return "SGLANG_MM_BUFFER_SIZE_MB: one GPU buffer for all requests, which two threads cannot fill"
     return ""
 

@@ -9,6 +9,8 @@ from shmcast.admission import DEFAULT_HELD_BYTES
 from shmcast.policy import read_environment
 
 MAX_WORKERS = 64
+TRUE = ("1", "true", "yes", "y")
+FALSE = ("0", "false", "no", "n")
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,24 @@ def read_settings() -> Settings:
     )
 
 
+def is_on(name: str) -> bool:
+    """Whether SGLang takes a variable of its own for true."""
+    return _text(name) in TRUE
+
+
+def hashes_in_gpu_buffer() -> bool:
+    """Whether SGLang moves features through one GPU buffer to hash them."""
+    return _text("SGLANG_MM_BUFFER_SIZE_MB") not in ("", "0")
+
+
+def _text(name: str) -> str:
+    return os.environ.get(name, "").strip().lower()
+
+
 def _flag(name: str, default: bool) -> bool:
-    text = os.environ.get(name, "").strip().lower()
-    if text in ("", "0", "1", "false", "true", "no", "yes", "n", "y"):  # as SGLang reads its own
-        return text in ("1", "true", "yes", "y") if text else default
+    text = _text(name)
+    if text in ("", *TRUE, *FALSE):
+        return text in TRUE if text else default
     raise ValueError(f"{name}={text!r}: 0 or 1")
 
 

@@ -21,6 +21,7 @@ from shmcast._sent import describe
 from shmcast.errors import ArenaFull, ClosedError
 from shmcast.integrations.sglang._joining import ADDRESS, ALLOW
 from shmcast.integrations.sglang._release import check_method, unlike
+from shmcast.integrations.sglang._settings import is_on
 from shmcast.integrations.sglang._staging import Staging
 from shmcast.integrations.sglang._tickets import carrier_of
 from shmcast.metrics import Counters, merge
@@ -145,7 +146,7 @@ def refusal(args: Any, settings: Settings) -> str:
     ):
         if getattr(args, name, False):
             return f"{name}: {why}"
-    if os.environ.get("SGLANG_RUST_SERVER", "").strip().lower() in ("1", "true", "yes"):
+    if is_on("SGLANG_RUST_SERVER"):
         return "SGLANG_RUST_SERVER: the tokenizer is not in Python"
     if args.tp_size * getattr(args, "pp_size", 1) == 1:
         return "one scheduler rank has nobody to share with"
