@@ -84,7 +84,6 @@ def release(*, errors: bool = True) -> Release:
         batch=(Batch,),
         abort=Abort,
         session=(OpenSession, CloseSession),
-        error=RuntimeError if errors else None,
         refused=RuntimeError if errors else None,
         unwrap=lambda request: request,
     )

@@ -48,7 +48,7 @@ class Gate:
 
     def __init__(self, receive: Callable[[int], Any], admission: Admission, release: Release) -> None:
         self._receive = receive
-        self.admission = admission
+        self._admission = admission
         self._release = release
         self._keys = count()
         self._held: dict[int, _Held] = {}
@@ -86,7 +86,7 @@ class Gate:
     def _hold(self, request: Any, raws: list[Any] | None, session: Hashable) -> None:
         key = next(self._keys)
         pointed = [pointer.nbytes for raw in raws or () if raw is not None for pointer in pointers(self._release, raw)]
-        self.admission.hold(key, raws, session=session, nbytes=sum(pointed) if pointed else None)
+        self._admission.hold(key, raws, session=session, nbytes=sum(pointed) if pointed else None)
         self._held[key] = _Held(request, session)
         if session is not None:
             self._sessions[session] += 1
@@ -116,7 +116,7 @@ class Gate:
         """Move what is ready from the admission to the scheduler."""
         if not self._held:
             return
-        for key, outcome in self.admission.ready():
+        for key, outcome in self._admission.ready():
             request = self._forget(key)
             self._hand(request, outcome)
             self._pass(request)
@@ -134,7 +134,7 @@ class Gate:
         for key, held in list(self._held.items()):
             rids = [part.rid for part in self._release.parts(held.request)]
             named = [abort.abort_all or rid.startswith(abort.rid) for rid in rids]
-            if not any(named) or not self.admission.abort(key):
+            if not any(named) or not self._admission.abort(key):
                 continue
             if all(named):
                 for part in self._release.parts(held.request):

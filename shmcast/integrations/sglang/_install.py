@@ -7,7 +7,6 @@ import importlib
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from shmcast.integrations.sglang._gate import Gate
 from shmcast.integrations.sglang._joining import ADDRESS
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from shmcast.integrations.sglang._release import Release
     from shmcast.integrations.sglang._settings import Settings
 
-links: WeakKeyDictionary[Any, Link] = WeakKeyDictionary()
-"""Of the schedulers of this process."""
+links: dict[Any, Link] = {}
+"""Of the schedulers of this process, until they are closed."""
 
 
 def replace_targets(release: Release, settings: Settings) -> list[Callable[[], None]]:

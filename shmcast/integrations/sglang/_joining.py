@@ -56,11 +56,7 @@ class Shared(NamedTuple):
     entry: int
 
     def close(self) -> None:
-        for end in (self.admission, self.tokenizer, self.reader, self.writer):
-            if end is not None:
-                end.close()
-        if self.stage is not None:
-            dist.destroy_process_group(self.stage)
+        _close(self.stage, self.admission, self.tokenizer, self.reader, self.writer)
 
 
 class Apart(NamedTuple):
@@ -126,18 +122,22 @@ def share(scheduler: Any, settings: Settings, admit: Callable[[Writer], Admissio
     if not why and settings.tokenizer and tokenizer is None and place.receives:
         log.warning("the tokenizer sends as in stock: %s", [said[other].attached or "not tried" for other in replica])
 
+    stage = groups.get((place.replica, place.stage))
     if why or reader is None:
-        for end in (admission, tokenizer, reader, writer):
-            if end is not None:
-                end.close()
-        stage = groups.get((place.replica, place.stage))
-        if stage is not None:
-            dist.destroy_process_group(stage)
+        _close(stage, admission, tokenizer, reader, writer)
         return Apart(place, why)
     entry = next(other for other in replica if said[other].place.stage == place.stage)
-    stage = groups.get((place.replica, place.stage))
     first = dist.get_global_rank(group, entry)
     return Shared(place, len(replica), writer, admission, reader, tokenizer, stage, first)
+
+
+def _close(stage: ProcessGroup | None, *ends: Admission | Reader | Writer | None) -> None:
+    """In this order: an admission waits for what it runs, which uses the others."""
+    for end in ends:
+        if end is not None:
+            end.close()
+    if stage is not None:
+        dist.destroy_process_group(stage)
 
 
 def nodes_of(scheduler: Any) -> int:

@@ -21,7 +21,7 @@ from shmcast.broadcaster import Broadcaster
 from shmcast.errors import MaterializeError
 from shmcast.integrations.sglang._gate import Gate, maker_of_all
 from shmcast.integrations.sglang._hashing import Hashing, splits_or_moves
-from shmcast.integrations.sglang._joining import ALLOW, Shared, nodes_of, share
+from shmcast.integrations.sglang._joining import ALLOW, Apart, Shared, nodes_of, share
 from shmcast.integrations.sglang._pointers import fetch, receive_with
 from shmcast.integrations.sglang._release import flag_group
 from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket
@@ -61,14 +61,14 @@ class Link:
         self._gate: Gate | None = None
         self._flag: Broadcaster | None = None
         self._tokenizer: TokenizerReader | None = None
-        shared = share(scheduler, settings, partial(self._admit, settings))
+        shared = share(scheduler, settings, self._admit)
         if isinstance(shared, Shared):
             self._shared = shared
             if shared.tokenizer is not None:
                 self._tokenizer = TokenizerReader(shared.tokenizer, release, self._make)
             self._put_gate(shared)
             self._put_settling()
-        self._put_making(settings)
+        self._put_making()
         if shared.place.receives:
             self._say(shared)
 
@@ -219,12 +219,12 @@ class Link:
         self._hidden.setdefault(name, vars(self._scheduler).get(name, _ABSENT))
         setattr(self._scheduler, name, value)
 
-    def _admit(self, settings: Settings, writer: Writer) -> Admission:
-        release = self._release
+    def _admit(self, writer: Writer) -> Admission:
+        release, settings = self._release, self._settings
         make = maker_of_all(release, lambda raw: self._make(fetch(release, raw, writer)))
 
         def make_held(raws: list[Any]) -> list[Any] | None:
-            return make(raws) if self._tokenizer is None else self._tokenizer.preparing(make)(raws)
+            return make(raws) if self._tokenizer is None else self._tokenizer.prepare_all(raws, make)
 
         return Admission(writer, make_held, workers=settings.workers, max_held_bytes=settings.held_bytes)
 
@@ -250,18 +250,18 @@ class Link:
             receiver = replace(receiver, recv_from_tokenizer=self._gate)
         self._put("request_receiver", _Settling(receiver, self.settle))
 
-    def _put_making(self, settings: Settings) -> None:
+    def _put_making(self) -> None:
         scheduler = self._scheduler
         stock = scheduler._process_and_broadcast_mm_inputs
         group = flag_group(scheduler)
         if _uses_flag(scheduler) and nodes_of(scheduler) == 1 and group is not None and dist.get_world_size(group) > 1:
-            self._flag = _flag_path(group, settings)
+            self._flag = _flag_path(group, self._settings)
             stock = self._materialize
         self._put("_process_and_broadcast_mm_inputs", partial(self._take, stock))
         if hasattr(scheduler, "_get_multimodal_inputs"):
             self._put("_get_multimodal_inputs", partial(self._take, scheduler._get_multimodal_inputs))
 
-    def _say(self, shared: Any) -> None:
+    def _say(self, shared: Shared | Apart) -> None:
         flag = "" if self._flag is None else f"; flag path: {self._flag.route.value}"
         if isinstance(shared, Shared):
             log.info("SGLang %s: %d ranks share multimodal inputs%s", self._release.version, shared.ranks, flag)

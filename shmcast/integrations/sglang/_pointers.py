@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shmcast._room import SHM
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 MODULE = "sglang.srt.managers.mm_utils"
 NAME = "ShmPointerMMData"
-FOLDER = "/dev/shm/"
 FIELDS = ("feature", "precomputed_embeddings")
 """Where the tokenizer puts pointers: in the place of a tensor, or of each in a list."""
 
@@ -54,7 +55,7 @@ class Pointer:
         tensor = writer.empty(self.state["shape"], self.state["dtype"])
         array: Any = tensor.view(-1).view(torch.uint8).numpy()
         memory = memoryview(array)
-        fd = os.open(FOLDER + self.state["shm_name"].lstrip("/"), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"{SHM}/{self.state['shm_name'].lstrip('/')}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             at = 0
             while at < len(memory):
@@ -128,8 +129,12 @@ def _replace(release: Release, raw: Any, new: Callable[[Pointer], Any]) -> Any:
     for item in release.items(raw) if pointers(release, raw) else ():
         for name in FIELDS:
             value = getattr(item, name)
-            if isinstance(value, Pointer):
-                setattr(item, name, new(value))
-            elif any(_found(value)):
-                setattr(item, name, type(value)([new(each) if isinstance(each, Pointer) else each for each in value]))
+            if any(_found(value)):
+                setattr(item, name, _replaced(value, new))
     return raw
+
+
+def _replaced(value: Any, new: Callable[[Pointer], Any]) -> Any:
+    if isinstance(value, Pointer):
+        return new(value)
+    return type(value)([_replaced(each, new) for each in value]) if isinstance(value, (list, tuple)) else value

@@ -45,7 +45,6 @@ class Release:
     batch: tuple[Any, ...]
     abort: Any
     session: tuple[Any, ...]
-    error: Any
     refused: Any
     unwrap: Callable[[Any], Any]
 
@@ -56,7 +55,7 @@ class Release:
     @property
     def request_errors(self) -> bool:
         """Whether one bad request ends as that request's error on all ranks; before 0.5.20 it ends the schedulers."""
-        return self.error is not None and self.refused is not None
+        return self.refused is not None
 
     def maker(self, scheduler: Any) -> Callable[[Any], Any]:
         """The function from raw inputs to a `MultimodalInputs`, as `scheduler` would call it."""
@@ -173,7 +172,6 @@ def find_release() -> Release:
         batch=(_attribute(io, "BatchTokenizedGenerateReqInput"), _attribute(io, "BatchTokenizedEmbeddingReqInput")),
         abort=_attribute(io, "AbortReq"),
         session=(_attribute(io, "OpenSessionReqInput"), _attribute(io, "CloseSessionReqInput")),
-        error=getattr(io, "MMInputsProcessError", None),
         refused=getattr(scheduler, "_MultimodalInputProcessingError", None),
         unwrap=getattr(utils, "unwrap_shm_features", lambda request: request),
     )

@@ -47,17 +47,13 @@ class TokenizerReader:
             ticket.raw = None
             self.reader.discard(Handle.parse(ticket.handle))
 
-    def preparing(self, make_all: Callable[[list[Any]], list[Any]]) -> Callable[[list[Any]], list[Any] | None]:
+    def prepare_all(self, raws: list[Any], make_all: Callable[[list[Any]], list[Any]]) -> list[Any] | None:
         """What an `Admission` runs in place of `make_all`: None where nothing but tickets' inputs was to be made."""
-
-        def prepare_all(raws: list[Any]) -> list[Any] | None:
-            for raw in raws:
-                if isinstance(raw, RawTicket):
-                    self._prepare(raw)
-            own = [None if isinstance(raw, RawTicket) else raw for raw in raws]
-            return None if all(raw is None for raw in own) else make_all(own)
-
-        return prepare_all
+        for raw in raws:
+            if isinstance(raw, RawTicket):
+                self._prepare(raw)
+        own = [None if isinstance(raw, RawTicket) else raw for raw in raws]
+        return None if all(raw is None for raw in own) else make_all(own)
 
     def _prepare(self, ticket: RawTicket) -> None:
         """Hash, so that no rank has to. Without it each does, and a bad request fails there as in stock."""
