@@ -2,11 +2,13 @@
 
 A copy may read after the last tensor over its source is gone. So the sources are held here, with them the exporters,
 and with those the leases. One thread asks the events, while there are any: never a finalizer, which may run under any
-lock, CUDA's own too.
+lock, CUDA's own too. At exit it lets go of nothing more: torch gives up the interpreter's lock to free a tensor, and a
+thread that then finds the interpreter gone aborts the process.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from ctypes import py_object, pythonapi
@@ -47,6 +49,8 @@ class Copies:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._under_way: set[Copy] = set()
+        self._dropping = threading.Lock()
+        self._ended = False
         self._thread: threading.Thread | None = None
 
     def hold(self, copy: Copy) -> None:
@@ -74,11 +78,22 @@ class Copies:
                     self._thread = None
                     return
 
+    def end(self) -> None:
+        """At exit: wait for what is being let go of, and keep the rest."""
+        with self._dropping:
+            self._ended = True
+
     def _drop_done(self) -> None:
-        """Let go of what is done; its end runs finalizers, which is why no lock is held then."""
+        """Let go of what is done; its end runs finalizers, which is why no lock is held then that any other waits for.
+
+        Only the exit of the interpreter waits for `_dropping`.
+        """
         done = {copy for copy in tuple(self._under_way) if copy.is_done()}
-        with self._changed:
-            self._under_way -= done
+        with self._dropping:
+            if not self._ended:
+                with self._changed:
+                    self._under_way -= done
+                done.clear()
 
 
 _copies = Copies()
@@ -89,6 +104,10 @@ def hold(copy: Copy) -> None:
     _copies.hold(copy)
 
 
+def _end() -> None:
+    _copies.end()
+
+
 def _forget() -> None:
     """In a forked child: the copies are the parent's, and to free their events would call CUDA."""
     global _copies
@@ -96,4 +115,5 @@ def _forget() -> None:
     _copies = Copies()
 
 
+atexit.register(_end)
 os.register_at_fork(after_in_child=_forget)

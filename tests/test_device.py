@@ -6,10 +6,6 @@ The device is `FakeCuda`, whose copies read their addresses only when told; `tes
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +15,15 @@ import pytest
 import torch
 
 import shmcast
-from shmcast._layout import BLOCK, PAGE
-from shmcast.errors import ArenaFull, EncodeError
+from shmcast.errors import EncodeError
 from shmcast.multimodal import Modality, MultimodalDataItem, MultimodalInputs
 from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
 from tests.support.codec import same
 from tests.support.codec_types import Request, Struct
 from tests.support.cuda import DEVICE, FakeCuda, copying_threads, installed
+from tests.support.ending import ends_quietly
+from tests.support.reuse import overwrite_what_is_free, released
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -66,21 +63,6 @@ def pinning(writer: Writer, cuda: FakeCuda, request: pytest.FixtureRequest) -> I
 
 def big(value: int, size: int = BIG) -> torch.Tensor:
     return torch.full((size,), value, dtype=torch.uint8)
-
-
-def overwrite_what_is_free(writer: Writer, value: int) -> None:
-    """Write `value` into every byte of the arena that no block holds."""
-    kept, size = [], BIG
-    while size >= PAGE:
-        try:
-            kept.append(writer.empty((size - BLOCK.size,), torch.uint8).fill_(value))
-        except ArenaFull:
-            size //= 2
-
-
-def released(reader: Reader) -> None:
-    gc.collect()
-    until(lambda: not reader.stats().leases_held, "the reader holds no lease")
 
 
 def message() -> MultimodalInputs:
@@ -323,16 +305,20 @@ ENDS = {
     "a forked child": "opened = open_one(); moved = to_device(opened, DEVICE); asked = fork(); assert not asked, asked",
     "a reader closed when no calls are made any more": "late = close",
     "a thread of ours that is inside CUDA": "threading.Thread(target=go, daemon=True).start(); started.wait()",
+    "a thread of ours that lets a copy go": (
+        "moved = to_device(open_one(), DEVICE); weakref.finalize(*_copies._copies._under_way, let_go)\n"
+        "cuda.finish(); started.wait()"
+    ),
 }
 
 PROGRAM = """
-import atexit, gc, os, sys, threading, warnings
+import atexit, gc, os, sys, threading, warnings, weakref
 import torch
 
 late = lambda: None
 atexit.register(lambda: late())  # first in, last out
 
-from shmcast import Reader, Writer, to_device, _cuda
+from shmcast import Reader, Writer, to_device, _copies, _cuda
 from tests.support.cuda import DEVICE, FakeCuda, copying_threads, installed
 
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -368,7 +354,8 @@ def close():
     assert cuda.registered
 
 def go():
-    # A thread that is inside torch when the interpreter ends has it aborted.
+    # A thread that is inside torch when the interpreter ends has it aborted; to free a tensor is to be inside.
+    global matrix
     matrix = torch.ones(700, 700)
     while True:
         with _cuda.calls(0) as allowed:
@@ -376,6 +363,12 @@ def go():
                 return
             started.set()
             matrix @ matrix
+
+def let_go():
+    matrix = torch.ones(700, 700)
+    started.set()
+    for _ in range(20):
+        matrix @ matrix
 
 writer = Writer(1, capacity=32 << 20)
 reader = Reader(writer.address, 0, pin=True)
@@ -387,10 +380,4 @@ print("end", flush=True)
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ENDS)
 def test_an_interpreter_that_ends_is_quiet(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", "-c", textwrap.dedent(PROGRAM), ENDS[name]],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+    ends_quietly(PROGRAM, ENDS[name], "-X", "dev")
