@@ -213,7 +213,7 @@ def _message(case: Case, state: Any, site: Site, index: int, round: int, *, warm
         if not contender.again:
             site.stamp(1000 * round + index)
             contender.prepare(state)
-    _meet()
+    meet()
     faults, cpu, start = _faults(), time.process_time(), time.monotonic_ns()
     got = None if contender.alone and not place.leads else contender.call(state)
     end, cpu, faults = time.monotonic_ns(), time.process_time() - cpu, _faults() - faults
@@ -231,7 +231,7 @@ def _message(case: Case, state: Any, site: Site, index: int, round: int, *, warm
     return Sample(index, round, start, end, cpu, faults)
 
 
-def _meet() -> None:
+def meet() -> None:
     """Return on all ranks at one instant, as nearly as the kernel's timer can."""
     instant = torch.tensor([time.monotonic_ns()])
     dist.all_reduce(instant, op=dist.ReduceOp.MAX)

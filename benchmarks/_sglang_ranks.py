@@ -26,7 +26,7 @@ import click
 import torch
 import torch.distributed as dist
 
-from benchmarks._loop import rotated
+from benchmarks._loop import meet, rotated
 from benchmarks._sglang_rounds import MAKER, Case, Sample
 from benchmarks._sglang_tokenizer import Pixels, Sent, Tokenizer
 from shmcast.integrations.sglang._joining import ADDRESS
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from benchmarks._sglang_rounds import Plan
 
 LOOKS = 20  # before a request is sent
-MEET_AHEAD = 2_000_000  # ns
 PATIENCE = 60.0
 SETTINGS: dict[str, dict[str, Any]] = {
     "shm-flag": {"admission": False},
@@ -140,11 +139,11 @@ class Server:
     def request(self, case: Case, engine: Engine, round: int, *, cold: bool = False) -> Sample:
         """Send one and take it; collective."""
         gc.collect()
-        _meet()
+        meet()
         looks, request = self._receive(case, engine)
         start = 0
         if case.part == "method":
-            _meet()
+            meet()
             start = time.monotonic_ns()
         cpu, wall = time.thread_time(), time.monotonic_ns()
         inputs = self._take(case.way, engine, request)
@@ -204,15 +203,6 @@ class Server:
 def _in_turn(plan: Plan, round: int) -> list[Case]:
     cases = plan.cases
     return [cases[at] for at in rotated(len(cases), round % len(cases))]
-
-
-def _meet() -> None:
-    """Return on all ranks at one instant, as nearly as the kernel's timer can."""
-    instant = torch.tensor([time.monotonic_ns()])
-    dist.all_reduce(instant, op=dist.ReduceOp.MAX)
-    left = int(instant) + MEET_AHEAD - time.monotonic_ns()
-    if left > 0:
-        time.sleep(left / 1e9)
 
 
 def _beyond_idle(looks: list[Look], sent: Sent) -> Look:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import gc
 import mmap
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +15,14 @@ import shmcast
 from benchmarks import bench_h2d
 from shmcast import _copies, _cuda
 from shmcast._codec import map_tensors
-from shmcast._layout import BLOCK, PAGE
 from shmcast._pages import address_of
-from shmcast.errors import ArenaFull
 from shmcast.multimodal import Modality, MultimodalDataItem, MultimodalInputs
 from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
 from tests.support.codec import same
+from tests.support.ending import ends_quietly
 from tests.support.leaks import keeping_fds
+from tests.support.reuse import overwrite_what_is_free, released
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -83,21 +79,6 @@ def big(value: int) -> torch.Tensor:
 
 def publish(writer: Writer, obj: object) -> Any:
     return writer.publish(obj, readers=[0])
-
-
-def released(reader: Reader) -> None:
-    gc.collect()
-    until(lambda: not reader.stats().leases_held, "the reader holds no lease")
-
-
-def overwrite_what_is_free(writer: Writer, value: int) -> None:
-    """Write `value` into every byte of the arena that no block holds."""
-    kept, size = [], BIG
-    while size >= PAGE:
-        try:
-            kept.append(writer.empty((size - BLOCK.size,), torch.uint8).fill_(value))
-        except ArenaFull:
-            size //= 2
 
 
 def test_tensors_of_a_pinning_reader_are_pinned(writer: Writer, reader: Reader) -> None:
@@ -171,7 +152,7 @@ def bytes_after_reuse(writer: Writer, reader: Reader, meanwhile: Callable[[], No
         del opened
         gc.collect()
         meanwhile()
-        overwrite_what_is_free(writer, 0xEE)
+        overwrite_what_is_free(writer, 0xEE, BIG)
         waited = not stream.query()
         stream.synchronize()
         released(reader)
@@ -261,10 +242,4 @@ print("end", flush=True)
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ENDS)
 def test_an_interpreter_that_ends_is_quiet(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(PROGRAM), ENDS[name]],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+    ends_quietly(PROGRAM, ENDS[name])

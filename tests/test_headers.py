@@ -23,7 +23,8 @@ from shmcast.errors import ArenaFull, ClosedError, LayoutError, PeerDied, Shmcas
 from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
 from tests.support.ranks import Died
-from tests.test_lifetime import AT_ONCE, big, overwrite_what_is_free, released, tensor_of, until, values
+from tests.support.reuse import overwrite_what_is_free, released
+from tests.test_lifetime import AT_ONCE, big, tensor_of, until, values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

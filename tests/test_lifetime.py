@@ -24,12 +24,13 @@ import numpy as np
 import pytest
 import torch
 
-from shmcast._layout import BLOCK, PAGE
+from shmcast._layout import PAGE
 from shmcast._lease import COPY_BELOW
 from shmcast.errors import ArenaFull, ClosedError, ShmcastError, StaleHandle
 from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
 from tests.support.codec import bits
+from tests.support.reuse import overwrite_what_is_free, released
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,22 +79,6 @@ def values(obj: Any) -> set[int]:
     if isinstance(obj, (list, tuple)):
         return set().union(*map(values, obj))
     return values(obj.keeps)
-
-
-def overwrite_what_is_free(writer: Writer, value: int, size: int = BIG) -> None:
-    """Write `value` into every byte of the arena that no block holds."""
-    kept = []
-    while size >= PAGE:
-        try:
-            kept.append(writer.empty((size - BLOCK.size,), torch.uint8).fill_(value))
-        except ArenaFull:
-            size //= 2
-
-
-def released(reader: Reader) -> None:
-    """Wait until the reader has given everything back."""
-    gc.collect()
-    until(lambda: not reader.stats().leases_held, "the reader holds no lease")
 
 
 # pytest holds what a fixture gives until after the look for leftovers; a closed end keeps its control segment mapped.

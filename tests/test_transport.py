@@ -30,6 +30,7 @@ from shmcast.policy import Policy
 from shmcast.transport import Reader, Writer
 from tests.support.codec import same
 from tests.support.codec_types import Item, Kind, Pair
+from tests.support.reuse import released
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,12 +50,6 @@ def until(condition: Callable[[], bool], what: str) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"still not so after {DEADLINE_SECONDS:g} s: {what}")
         never.wait(0.001)
-
-
-def released(reader: Reader) -> None:
-    """Wait until the reader has given everything back."""
-    gc.collect()
-    until(lambda: not reader.stats().leases_held, "the reader holds no lease")
 
 
 def settled(writer: Writer, blocks: int = 0) -> None:
