@@ -1,5 +1,6 @@
 """What holds for every test: nothing is left behind, and random inputs are the same in every CI run."""
 
+import gc
 import multiprocessing.resource_tracker
 import os
 import signal
@@ -22,6 +23,12 @@ def pytest_sessionstart() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.resource_tracker.ensure_running()
+
+
+def pytest_collection_finish() -> None:
+    """Spare every collection of garbage the objects of torch and of the tests' modules, which stay: 36 ms each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

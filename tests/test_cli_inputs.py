@@ -66,8 +66,8 @@ def test_a_fitted_size_is_whole_blocks_within_the_limits(width: int, height: int
     fitted = fitted_size(width, height, most)
     assert all(side > 0 and side % 28 == 0 for side in fitted)
     assert math.prod(fitted) >= MIN_PIXELS or most < 2 * MIN_PIXELS
-    # One block of 28 in the shorter side may be more than its share.
-    assert math.prod(fitted) <= max(most, 28 * max(fitted))
+    # One block of 28 in the shorter side may be more than its share, and what grows to the least grows to whole blocks.
+    assert math.prod(fitted) <= max(most, 28 * max(fitted), 3 * MIN_PIXELS)
 
 
 # The patches, against the definition in plain loops.

@@ -2,6 +2,8 @@
 
 import ctypes
 import faulthandler
+import functools
+import gc
 import os
 import pickle
 import signal
@@ -85,11 +87,14 @@ def _perform(pipe: Connection, message: bytes) -> bytes:
         return pickle.dumps(Raised(traceback.format_exc()))
 
 
+@functools.cache
 def _import_torch() -> None:
     import torch
     import torch.distributed
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # they stay: no collection need look at them again
 
 
 def _in_group(task: Task) -> Returned | Raised:
