@@ -259,7 +259,7 @@ class Soak:
         plan = self.plan
         message = message_of(plan.seed, number, plan.largest, plan.readers)
         if plan.plant == "memory":
-            self._planted.append(bytearray(b"x" * MIB))
+            self._planted.append(bytearray(b"x" * 16 * MIB))
         elif plan.plant == "fds":
             os.dup(0)
         tensors = [self._tensor(part) for part in message.parts]
