@@ -63,7 +63,8 @@ class Processor(NamedTuple):
 def fitted_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """The (width, height) that a picture is resized to: multiples of 28, and about as many pixels as it has.
 
-    Between `MIN_PIXELS` and `max_pixels` of them, as near as whole multiples come. Raises `NotUsable` for a strip longer than 200 times its breadth.
+    Between `MIN_PIXELS` and `max_pixels` of them, as near as whole multiples come. Raises `NotUsable` for a strip
+    longer than 200 times its breadth.
     """
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise NotUsable(f"is {width} x {height}: one side is more than {MAX_ASPECT} times the other")

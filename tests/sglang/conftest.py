@@ -5,10 +5,19 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.leaks import names_of_others
 from tests.support.ranks import Ranks
 
 if importlib.util.find_spec("sglang") is None:
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def no_segments_left() -> Iterator[None]:
+    """Fail a test that leaves a segment of SGLang's tokenizer."""
+    before = names_of_others()
+    yield
+    assert names_of_others() == before
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from shmcast.integrations.sglang._release import find_release
 from shmcast.integrations.sglang._settings import read_settings
 from tests.sglang import requests
 from tests.sglang.engine import FROM_DICT, REQUEST_ERRORS, VERSION, Engine, io_struct
-from tests.sglang.requests import KINDS, abort, batch, generate, pointed, raw_of, same
-from tests.sglang.serving import Serving, Slow, leases, serving, stock_inputs, wait_for_leases
+from tests.sglang.requests import KINDS, abort, batch, generate, raw_of, same
+from tests.sglang.serving import Slow, leases, serve_staged, serving, stock_inputs, wait_for_leases
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.multiprocess
@@ -167,67 +166,6 @@ def changed_later(rank: int, address: str) -> float:
 
 def test_a_rank_may_do_with_its_inputs_what_it_likes(engines: Ranks, tmp_path: Path) -> None:
     assert engines.run(2, changed_later, at(tmp_path)) == [0.0, 1.0]
-
-
-# Pointers to the tokenizer's segments.
-
-
-def segments() -> list[str]:
-    return sorted(name for name in os.listdir("/dev/shm") if "shmcast" not in name)
-
-
-def aborted_unread(rank: int, address: str) -> list[str]:
-    with Slow() as slow, serving(address, settings={"workers": 1}) as serve:
-        serve.send(*(generate(rid, raw_of(KINDS["video"]())) for rid in ("a", "b", "c")))
-        serve.send(abort("b"))
-        serve.serve(2)
-        slow.go.set()
-        serve.serve(4)
-        for rid in ("a", "c"):
-            same(serve.inputs[rid], slow.stock(raw_of(KINDS["video"]())))
-        serve.forget()
-        dist.barrier()
-        return segments()
-
-
-def unheld(rank: int, address: str) -> list[str]:
-    with serving(address, settings={"held_bytes": 0}) as serve:
-        serve.send(generate("a", raw_of(KINDS["list of tensors"]())), generate("b", raw_of(KINDS["video"]())))
-        serve.serve(2)
-        same(serve.inputs["a"], stock_inputs(raw_of(KINDS["list of tensors"]())))
-        same(serve.inputs["b"], stock_inputs(raw_of(KINDS["video"]())))
-        assert serve.link.stats()["reader"].messages == 0
-        serve.forget()
-        dist.barrier()
-        return segments()
-
-
-@pytest.mark.parametrize("way", [aborted_unread, unheld])
-def test_every_segment_of_the_tokenizer_is_used_up(
-    engines: Ranks, tmp_path: Path, way: Callable[[int, str], list[str]]
-) -> None:
-    before = segments()
-    assert engines.run(2, way, at(tmp_path)) == [before] * 2
-
-
-def gone(rank: int, address: str) -> str:
-    with serving(address) as serve:
-        lost = generate("lost", raw_of(KINDS["video"]()))
-        if rank == 0:
-            lost = pointed(lost)
-            for name in segments():
-                os.unlink(f"/dev/shm/{name}")
-        serve.send(lost, generate("good", raw_of(KINDS["video"]())))
-        serve.serve(2)
-        same(serve.inputs["good"], stock_inputs(raw_of(KINDS["video"]())))
-        return str(serve.inputs["lost"])
-
-
-@pytest.mark.skipif(not REQUEST_ERRORS, reason="before 0.5.20 it ends the schedulers, as in stock")
-def test_a_segment_that_is_gone_is_that_requests_failure(engines: Ranks, tmp_path: Path) -> None:
-    first, second = engines.run(2, gone, at(tmp_path))
-    assert first == second
-    assert "FileNotFoundError" in first
 
 
 def again(rank: int, address: str) -> list[bool]:
@@ -477,10 +415,16 @@ def test_a_message_that_one_rank_cannot_open_goes_raw_to_all(engines: Ranks, tmp
 
 
 def no_room(rank: int, address: str) -> dict[str, int]:
+    def large() -> Any:
+        """An ndarray: no segment of the tokenizer's has it."""
+        item = requests.audio()
+        item.feature = requests.rows(1000, 5).numpy()
+        return raw_of([item])
+
     with serving(address, settings={"capacity": 1 << 20, "wait": 0.0}) as serve:
-        serve.send(generate("large", raw_of(KINDS["images of one parent"]())))
+        serve.send(generate("large", large()))
         serve.serve(1)
-        same(serve.inputs["large"], stock_inputs(raw_of(KINDS["images of one parent"]())))
+        same(serve.inputs["large"], stock_inputs(large()))
         return dict(serve.link.stats()["admission"].fallbacks) if rank == 0 else {}
 
 
@@ -559,18 +503,6 @@ def test_under_data_parallel_attention(
     got = engines.run(4, layout, at(tmp_path), options, replicas)
     assert [rids[0] for rids in got] == expected
     assert all(len(rids) == 2 for rids in got)
-
-
-def serve_staged(serve: Serving, count: int) -> None:
-    """Two pipeline stages: the second receives what the first handled, over SGLang's own point-to-point."""
-    from sglang.srt.utils import point_to_point_pyobj
-
-    engine, rank, size = serve.engine, dist.get_rank(), dist.get_world_size() // 2
-    while sum(map(len, serve.ticks)) < count:
-        received = serve.tick()
-        if engine.ranks["pp_rank"] == 0 and engine.ranks["attn_tp_rank"] == 0:
-            point_to_point_pyobj(received, rank, engine.groups["world_group"].cpu_group, rank, rank + size)
-        del received  # it has the tickets
 
 
 def staged(rank: int, address: str) -> list[str]:
@@ -741,7 +673,6 @@ def test_two_hundred_requests_leave_nothing_behind(engines: Ranks, tmp_path: Pat
 
 
 def dies(rank: int, address: str) -> int:
-    import os
     import signal
 
     with serving(address) as serve:

@@ -179,6 +179,8 @@ def serving(
         served = Served(engine, made, tokenizer)
         stack.callback(served.forget)
         yield served
+        with contextlib.suppress(RuntimeError):  # one that was killed on purpose does not come
+            dist.barrier()  # the tokenizer publishes for ranks that are there
 
 
 @contextlib.contextmanager

@@ -104,6 +104,11 @@ def _names() -> list[str]:
     return found
 
 
+def names_of_others() -> list[str]:
+    """What else lies in /dev/shm."""
+    return sorted(entry for entry in os.listdir(SHM) if not entry.startswith(OURS))
+
+
 def _held_by_strangers(name: str) -> bool:
     """Whether a process outside this one's family uses /dev/shm/`name`, as a second test run on this machine would."""
     family = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}

@@ -18,7 +18,6 @@ import zmq
 
 from shmcast._sent import describe
 from shmcast._wire import Handle
-from shmcast.errors import ArenaFull
 from shmcast.integrations.sglang._pointers import pointers, restore
 from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket, carried
 
@@ -125,7 +124,7 @@ class Gate:
         """Let a request on. What of it nobody read is SGLang's to attach."""
         for part in self._release.parts(request):
             raw = self._release.raw_of(part)
-            if raw is not None:
+            if raw is not None and not isinstance(raw, Ticket):
                 restore(self._release, raw)
         self._out.append(request)
 
@@ -166,6 +165,9 @@ class Gate:
         for number, part in enumerate(self._release.parts(request)):
             raw = self._release.raw_of(part)
             if raw is not None and not isinstance(raw, RawTicket):
+                for pointer in pointers(self._release, raw):
+                    if not pointer.travels:
+                        pointer.discard()
                 self._release.set_raw(part, Ticket(bytes(outcome), number, raw))
 
     def _session_of(self, request: Any) -> Hashable:
@@ -187,8 +189,6 @@ def maker_of_all(release: Release, make: Callable[[Any], Any]) -> Callable[[list
             return None
         try:
             return make(raw)
-        except ArenaFull:
-            raise
         except Exception as error:
             if not release.request_errors:
                 raise

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from shmcast._sent import describe
 from shmcast._wire import Address
+from shmcast.integrations.sglang._pointers import Pointer
 from shmcast.integrations.sglang._release import Place, place_of, world_group
 from shmcast.integrations.sglang._settings import Settings, hashes_in_gpu_buffer, is_on
 from shmcast.integrations.sglang._tickets import Failure
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 ADDRESS: Final = "SHMCAST_SGLANG_ADDRESS"
 """The environment variable by which schedulers inherit the address of their tokenizer's writer, in hex."""
 
-ALLOW: tuple[type | str, ...] = ("sglang", Failure)
+ALLOW: tuple[type | str, ...] = ("sglang", Failure, Pointer)
 
 log = logging.getLogger("shmcast")
 
@@ -44,6 +45,7 @@ class Shared(NamedTuple):
 
     `writer`, `admission`: on its entry rank. `reader`: on every rank. `tokenizer`: on every rank or on none. `stage`:
     this pipeline stage's ranks of it, None where there is one. `entry`: the global rank of the first of these.
+    `ends_names`: on the first rank of the last stage, which maps after all others.
     """
 
     place: Place
@@ -54,6 +56,7 @@ class Shared(NamedTuple):
     tokenizer: Reader | None
     stage: ProcessGroup | None
     entry: int
+    ends_names: bool
 
     def close(self) -> None:
         _close(self.stage, self.admission, self.tokenizer, self.reader, self.writer)
@@ -128,7 +131,9 @@ def share(scheduler: Any, settings: Settings, admit: Callable[[Writer], Admissio
         return Apart(place, why)
     entry = next(other for other in replica if said[other].place.stage == place.stage)
     first = dist.get_global_rank(group, entry)
-    return Shared(place, len(replica), writer, admission, reader, tokenizer, stage, first)
+    last = said[replica[-1]].place.stage  # they are sorted by it
+    ends_names = rank == entry and place.stage == last
+    return Shared(place, len(replica), writer, admission, reader, tokenizer, stage, first, ends_names)
 
 
 def _close(stage: ProcessGroup | None, *ends: Admission | Reader | Writer | None) -> None:

@@ -22,7 +22,7 @@ from shmcast.errors import MaterializeError
 from shmcast.integrations.sglang._gate import Gate, maker_of_all
 from shmcast.integrations.sglang._hashing import Hashing, splits_or_moves
 from shmcast.integrations.sglang._joining import ALLOW, Apart, Shared, nodes_of, share
-from shmcast.integrations.sglang._pointers import fetch, receive_with
+from shmcast.integrations.sglang._pointers import make_of, map_all, pointers, receive_with
 from shmcast.integrations.sglang._release import flag_group
 from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket
 from shmcast.integrations.sglang._tokenizer_reader import TokenizerReader
@@ -123,6 +123,8 @@ class Link:
         for ticket in found:
             if ticket.inputs is not None:
                 ticket.raw = None
+            for pointer in ticket.pointers if self._ends.ends_names else ():
+                pointer.discard()
         return requests
 
     def _open(self, handle: bytes, tickets: list[Ticket]) -> bool:
@@ -136,6 +138,8 @@ class Link:
             inputs: Any = reader.open(Handle.parse(handle))
             for ticket in tickets:
                 ticket.inputs = inputs[ticket.number]
+                if isinstance(ticket.inputs, self._release.inputs):
+                    ticket.pointers = map_all(self._release, ticket.inputs)
         except Exception as error:
             log.warning("this rank cannot open a request's inputs, all get the raw ones: %s", describe(error))
             with suppress(Exception):
@@ -160,7 +164,7 @@ class Link:
     def _send_raw(self, tickets: list[Ticket]) -> None:
         """Collective over a stage: the raw inputs behind tickets that a rank could not open."""
         ends = self._ends
-        raws = [[ticket.raw for ticket in tickets]]
+        raws = [[self._own_raw(ticket) for ticket in tickets]]
         if ends.stage is not None:
             dist.broadcast_object_list(raws, src=ends.entry, group=ends.stage)
         for ticket, raw in zip(tickets, raws[0], strict=True):
@@ -173,6 +177,18 @@ class Link:
                     "stage 0: see the warning of the rank that could not"
                 )
             ticket.inputs, ticket.raw = None, raw
+
+    def _own_raw(self, ticket: Ticket) -> Any:
+        """The raw inputs behind a ticket, with their bytes; None where they are not here."""
+        if ticket.raw is None or isinstance(ticket, RawTicket):
+            return ticket.raw
+        ticket.pointers = pointers(self._release, ticket.raw)
+        try:
+            map_all(self._release, ticket.raw)
+        except Exception as error:
+            log.warning("the raw inputs of a request cannot be mapped: %s", describe(error))
+            return None
+        return ticket.raw
 
     def _take(self, stock: Callable[[Any], Any], inputs: Any) -> Any:
         """What stands in for `stock`, a method that makes raw inputs: what is made already passes through."""
@@ -221,7 +237,7 @@ class Link:
 
     def _admit(self, writer: Writer) -> Admission:
         release, settings = self._release, self._settings
-        make = maker_of_all(release, lambda raw: self._make(fetch(release, raw, writer)))
+        make = maker_of_all(release, partial(make_of, release, self._make))
 
         def make_held(raws: list[Any]) -> list[Any] | None:
             return make(raws) if self._tokenizer is None else self._tokenizer.prepare_all(raws, make)

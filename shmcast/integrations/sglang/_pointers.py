@@ -1,18 +1,25 @@
-"""The tokenizer's segments, one a tensor, read into an arena by a worker: nothing of them is mapped or freed elsewhere.
+"""The tokenizer's segments, one a tensor: every rank maps them where they are, nothing of them is copied.
 
-SGLang attaches them while it unpickles a request, on the scheduler's thread; up to 0.5.9 it copies them there. Here a
-`Pointer` stands in for `ShmPointerMMData` until a worker reads it, or until the request goes on as it came.
+    tokenizer: a segment -> entry rank: a `Pointer`, mapped while a worker makes the inputs -> the message: a `Pointer`
+    -> each rank: mapped -> the last of the ranks that can have mapped it: its name taken away
+
+SGLang attaches them while it unpickles a request, on the scheduler's thread, and from 0.5.10 on once more for each
+rank; up to 0.5.17 each rank copies them there. Here a `Pointer` stands in for `ShmPointerMMData` until a worker maps
+it, or until the request goes on as it came.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
+import operator
 import os
 import pickle
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing.shared_memory import SharedMemory
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from shmcast.integrations.sglang._release import Release
-    from shmcast.transport import Writer
 
 MODULE = "sglang.srt.managers.mm_utils"
 NAME = "ShmPointerMMData"
@@ -31,50 +37,54 @@ FIELDS = ("feature", "precomputed_embeddings")
 """Where the tokenizer puts pointers: in the place of a tensor, or of each in a list."""
 
 
+@dataclass(eq=False)
 class Pointer:
-    """What a `ShmPointerMMData` was pickled as: `state` names its segment, a contiguous tensor's shape and dtype."""
+    """What a `ShmPointerMMData` was pickled as: `state` names its segment, a contiguous tensor's shape and dtype.
 
-    __slots__ = ("state",)
+    `travels`: it is in a message, and its name stays until all have that.
+    """
 
     state: dict[str, Any]
+    travels: bool = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.state = state
+        self.travels = False
 
     @property
     def nbytes(self) -> int:
         return int(self.state["shape"].numel() * self.state["dtype"].itemsize)
 
-    def read(self, writer: Writer) -> torch.Tensor:
-        """The tensor, in the writer's memory. The segment has no name after; that is the receiver's to do.
+    @property
+    def name(self) -> str:
+        """The segment's, in /dev/shm."""
+        return str(self.state["shm_name"]).lstrip("/")
+
+    def map(self) -> torch.Tensor:
+        """The tensor, where it lies; what is written to it is this process's alone.
 
         Raises:
-            ArenaFull: there is no room for it. The segment stays.
             OSError: there is no such segment, or it is too short.
         """
-        tensor = writer.empty(self.state["shape"], self.state["dtype"])
-        array: Any = tensor.view(-1).view(torch.uint8).numpy()
-        memory = memoryview(array)
-        fd = os.open(f"{SHM}/{self.state['shm_name'].lstrip('/')}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"{SHM}/{self.name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            at = 0
-            while at < len(memory):
-                count = os.preadv(fd, [memory[at:]], at)
-                if not count:
-                    raise OSError(f"segment {self.state['shm_name']} ends after {at} of {len(memory)} bytes")
-                at += count
+            # Not `mmap`, which would keep a descriptor a tensor.
+            size = self.state["shape"].numel()
+            tensor = torch.from_file(f"/proc/self/fd/{fd}", shared=False, size=size, dtype=self.state["dtype"])
+        except RuntimeError as error:
+            found = os.fstat(fd).st_size
+            raise OSError(f"segment {self.name} has {found} bytes for a tensor of {self.nbytes}: {error}") from error
         finally:
             os.close(fd)
-        self.discard()
-        return tensor
+        return tensor.view(self.state["shape"])
 
     def discard(self) -> None:
-        """Take the segment's name away, by the class that made it: its tracker is to know."""
+        """Take the segment's name away, as the class that made it would: also from the tracker of processes."""
         with suppress(FileNotFoundError):
-            segment = SharedMemory(self.state["shm_name"])
-            with suppress(FileNotFoundError):
-                segment.unlink()
-            segment.close()
+            os.unlink(f"{SHM}/{self.name}")
+        # A tracker that is not the maker's does not know the name yet.
+        resource_tracker.register(f"/{self.name}", "shared_memory")
+        resource_tracker.unregister(f"/{self.name}", "shared_memory")
 
     def restore(self) -> Any:
         """What SGLang would have unpickled."""
@@ -93,21 +103,54 @@ def receive_with(socket: Any) -> Callable[[int], Any]:
     return lambda flags: _Unpickler(io.BytesIO(socket.recv(flags))).load()
 
 
-def pointers(release: Release, raw: Any) -> list[Pointer]:
-    """All in raw inputs; in what is none of SGLang's there are none."""
+def pointers(release: Release, inputs: Any) -> list[Pointer]:
+    """All in inputs, raw or made; in what is none of SGLang's there are none."""
     with suppress(AttributeError, KeyError, TypeError):
-        return [value for item in release.items(raw) for name in FIELDS for value in _found(getattr(item, name))]
+        return [value for item in release.items(inputs) for name in FIELDS for value in _found(getattr(item, name))]
     return []
 
 
-def fetch(release: Release, raw: Any, writer: Writer) -> Any:
-    """The same raw inputs, with all that is pointed to in the writer's memory; raises as `Pointer.read`."""
-    return _replace(release, raw, lambda pointer: pointer.read(writer))
+def make_of(release: Release, make: Callable[[Any], Any], raw: Any) -> Any:
+    """What `make` gives for raw inputs with all pointers mapped; with the pointers again, where it kept the tensors.
+
+    Raises what `make` does, and `OSError` where a segment cannot be mapped.
+    """
+    if not pointers(release, raw):
+        return make(raw)
+    mapped: dict[int, tuple[torch.Tensor, Pointer]] = {}
+
+    def map_one(leaf: Any) -> Any:
+        if not isinstance(leaf, Pointer):
+            return leaf
+        tensor = leaf.map()
+        mapped[id(tensor)] = tensor, leaf
+        return tensor
+
+    def point(leaf: Any) -> Any:
+        found = mapped.get(id(leaf))
+        if found is None:
+            return leaf
+        found[1].travels = True
+        return found[1]
+
+    made = make(release.with_items(raw, [_replace(copy.copy(item), map_one) for item in release.items(raw)]))
+    for item in release.items(made):
+        _replace(item, point)
+    return made
+
+
+def map_all(release: Release, inputs: Any) -> list[Pointer]:
+    """Map what inputs point to, raw or made, in its place; returns what stood there. `OSError`: one cannot be."""
+    found = pointers(release, inputs)
+    if found:
+        _replace_all(release, inputs, lambda leaf: leaf.map() if isinstance(leaf, Pointer) else leaf)
+    return found
 
 
 def restore(release: Release, raw: Any) -> None:
     """Put SGLang's own pointers into raw inputs that go on as they came."""
-    _replace(release, raw, Pointer.restore)
+    if pointers(release, raw):
+        _replace_all(release, raw, lambda leaf: leaf.restore() if isinstance(leaf, Pointer) else leaf)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -125,16 +168,22 @@ def _found(value: Any) -> Iterator[Pointer]:
             yield from _found(each)
 
 
-def _replace(release: Release, raw: Any, new: Callable[[Pointer], Any]) -> Any:
-    for item in release.items(raw) if pointers(release, raw) else ():
-        for name in FIELDS:
-            value = getattr(item, name)
-            if any(_found(value)):
-                setattr(item, name, _replaced(value, new))
-    return raw
+def _replace_all(release: Release, inputs: Any, new: Callable[[Any], Any]) -> None:
+    for item in release.items(inputs):
+        _replace(item, new)
 
 
-def _replaced(value: Any, new: Callable[[Pointer], Any]) -> Any:
-    if isinstance(value, Pointer):
+def _replace(item: Any, new: Callable[[Any], Any]) -> Any:
+    for name in FIELDS:
+        before = getattr(item, name)
+        after = _replaced(before, new)
+        if after is not before:
+            setattr(item, name, after)
+    return item
+
+
+def _replaced(value: Any, new: Callable[[Any], Any]) -> Any:
+    if not isinstance(value, (list, tuple)):
         return new(value)
-    return type(value)([_replaced(each, new) for each in value]) if isinstance(value, (list, tuple)) else value
+    after = [_replaced(each, new) for each in value]
+    return value if all(map(operator.is_, after, value)) else type(value)(after)

@@ -23,16 +23,18 @@ class Ticket:
     """One request's inputs, in a message of shared memory that has those of every request of its batch.
 
     Travels in SGLang's own broadcast, and to the next pipeline stage, as the handle alone. What the handle opens to is
-    kept beside it: on the rank that opened it, until the request is handled.
+    kept beside it: on the rank that opened it, until the request is handled. `pointers`: what of that lies in segments
+    of the tokenizer's.
     """
 
-    __slots__ = ("handle", "inputs", "number", "raw")
+    __slots__ = ("handle", "inputs", "number", "pointers", "raw")
 
     def __init__(self, handle: bytes, number: int, raw: Any = None) -> None:
         self.handle = handle
         self.number = number
         self.raw = raw
         self.inputs: Any = None
+        self.pointers: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Ticket, (self.handle, self.number)
