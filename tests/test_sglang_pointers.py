@@ -13,6 +13,7 @@ import torch
 
 from shmcast import Reader, Writer
 from shmcast._wire import Handle
+from shmcast.errors import LayoutError
 from shmcast.integrations.sglang._joining import ALLOW
 from shmcast.integrations.sglang._pointers import Pointer, make_of, map_all, pointers
 from tests.support.leaks import names_of_others
@@ -113,7 +114,7 @@ def test_a_name_is_taken_away_once_and_for_all(segments: Segments) -> None:
 def test_a_segment_that_is_too_short_is_refused(segments: Segments) -> None:
     pointer = segments.pointer(pixels(1))
     pointer.state["shape"] = torch.Size([1 << 20])
-    with pytest.raises(OSError, match=f"segment {pointer.name} has .* for a tensor of {2 << 20}"):
+    with pytest.raises(OSError, match=f"{pointer.path} has .* for a tensor of {2 << 20}"):
         pointer.map()
     pointer.discard()
 
@@ -121,12 +122,20 @@ def test_a_segment_that_is_too_short_is_refused(segments: Segments) -> None:
 def test_a_link_is_not_followed(segments: Segments) -> None:
     pointer = segments.pointer(pixels(1))
     other = segments.pointer(pixels(2))
-    os.unlink(f"/dev/shm/{pointer.name}")
-    os.symlink(f"/dev/shm/{other.name}", f"/dev/shm/{pointer.name}")
+    os.unlink(pointer.path)
+    os.symlink(other.path, pointer.path)
     with pytest.raises(OSError, match="symbolic links"):
         pointer.map()
     pointer.discard()
     other.discard()
+
+
+@pytest.mark.parametrize("name", ["", "..", "../tmp/x", "/a/b", "a\0b"])
+def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
+    pointer = Pointer({"shm_name": name, "shape": torch.Size([4]), "dtype": torch.uint8})
+    for use in (pointer.map, pointer.discard):
+        with pytest.raises(LayoutError, match="segment of the name"):
+            use()
 
 
 def test_inputs_are_made_of_maps_and_travel_as_pointers(segments: Segments) -> None:
@@ -156,7 +165,7 @@ def test_inputs_are_made_of_maps_and_travel_as_pointers(segments: Segments) -> N
     with Writer(1, capacity=4 << 20, allow=allow) as writer, Reader(writer.address, 0, allow=allow) as reader:
         opened: Any = reader.open(Handle.parse(bytes(writer.publish(made))))
         found = map_all(RELEASE, opened)
-        assert [pointer.name for pointer in found] == [whole.name, listed.name, listed.name, embedded.name]
+        assert [pointer.path for pointer in found] == [whole.path, listed.path, listed.path, embedded.path]
         assert torch.equal(opened.mm_items[0].feature, pixels(1))
         assert torch.equal(opened.mm_items[1].feature[1], pixels(2))
         assert torch.equal(opened.mm_items[2].precomputed_embeddings[0], pixels(3))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shmcast._room import SHM
+from shmcast.errors import LayoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,35 +57,40 @@ class Pointer:
         return int(self.state["shape"].numel() * self.state["dtype"].itemsize)
 
     @property
-    def name(self) -> str:
-        """The segment's, in /dev/shm."""
-        return str(self.state["shm_name"]).lstrip("/")
+    def path(self) -> str:
+        """The segment's, which lies in /dev/shm; `LayoutError` for a name that leads elsewhere."""
+        name = str(self.state["shm_name"]).lstrip("/")
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise LayoutError(f"a pointer to a segment of the name {name!r}")
+        return f"{SHM}/{name}"
 
     def map(self) -> torch.Tensor:
         """The tensor, where it lies; what is written to it is this process's alone.
 
         Raises:
             OSError: there is no such segment, or it is too short.
+            LayoutError: its name is none of a segment.
         """
-        fd = os.open(f"{SHM}/{self.name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             # Not `mmap`, which would keep a descriptor a tensor.
             size = self.state["shape"].numel()
             tensor = torch.from_file(f"/proc/self/fd/{fd}", shared=False, size=size, dtype=self.state["dtype"])
         except RuntimeError as error:
             found = os.fstat(fd).st_size
-            raise OSError(f"segment {self.name} has {found} bytes for a tensor of {self.nbytes}: {error}") from error
+            raise OSError(f"{self.path} has {found} bytes for a tensor of {self.nbytes}: {error}") from error
         finally:
             os.close(fd)
         return tensor.view(self.state["shape"])
 
     def discard(self) -> None:
         """Take the segment's name away, as the class that made it would: also from the tracker of processes."""
-        with suppress(FileNotFoundError):
-            os.unlink(f"{SHM}/{self.name}")
+        name = f"/{os.path.basename(self.path)}"
+        with suppress(OSError):
+            os.unlink(self.path)
         # A tracker that is not the maker's does not know the name yet.
-        resource_tracker.register(f"/{self.name}", "shared_memory")
-        resource_tracker.unregister(f"/{self.name}", "shared_memory")
+        resource_tracker.register(name, "shared_memory")
+        resource_tracker.unregister(name, "shared_memory")
 
     def restore(self) -> Any:
         """What SGLang would have unpickled."""
