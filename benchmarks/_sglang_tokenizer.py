@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import zmq
 
 from shmcast.integrations.sglang._release import find_release
+from shmcast.integrations.sglang._replicas import Replicas
 from shmcast.integrations.sglang._settings import read_settings
 from shmcast.integrations.sglang._tokenizer import TokenizerWriter
 from tests.sglang import requests
@@ -139,8 +140,9 @@ class _Sender:
         return Sent(made, began, time.monotonic_ns())
 
     def publish(self, ranks: int) -> str:
-        self._writer = TokenizerWriter(ranks, find_release(), replace(read_settings(), on=True, tokenizer=True))
-        return bytes(self._writer.writer.address).hex()
+        settings = replace(read_settings(), on=True, tokenizer=True)
+        self._writer = TokenizerWriter(Replicas(1, ranks), find_release(), settings)
+        return self._writer.address
 
     def publish_no_more(self) -> dict[str, int]:
         if self._writer is None:

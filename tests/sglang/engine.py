@@ -99,7 +99,17 @@ from sglang.srt.server_args import ServerArgs  # noqa: E402
 from sglang.version import __version__  # noqa: E402
 
 VERSION = tuple(int(part) for part in __version__.split(".")[:3])
-__all__ = ["FROM_DICT", "REQUEST_ERRORS", "VERSION", "Engine", "Group", "io_struct", "mm_utils", "schedule_batch"]
+__all__ = [
+    "FROM_DICT",
+    "REQUEST_ERRORS",
+    "VERSION",
+    "Engine",
+    "Group",
+    "ServerArgs",
+    "io_struct",
+    "mm_utils",
+    "schedule_batch",
+]
 
 FROM_DICT = hasattr(schedule_batch.MultimodalInputs, "from_dict")
 REQUEST_ERRORS = hasattr(io_struct, "MMInputsProcessError")
@@ -124,24 +134,38 @@ class Group:
 class Engine:
     """One rank's scheduler.
 
-    `pp`, `attn_dp`, `attn_cp`: sizes; what is left of the world is attention's tensor parallelism. `flag`: the server
-    runs with --enable-broadcast-mm-inputs-process.
+    `dp`: how many worlds there are, each of an equal share of the ranks. `pp`, `attn_dp`, `attn_cp`: sizes in a world;
+    what is left of it is attention's tensor parallelism. `flag`: the server runs with
+    --enable-broadcast-mm-inputs-process. `method`: of balancing the replicas' load.
     """
 
     def __init__(
-        self, address: str, *, pp: int = 1, attn_dp: int = 1, attn_cp: int = 1, flag: bool = False, limit: int = -1
+        self,
+        address: str,
+        *,
+        dp: int = 1,
+        pp: int = 1,
+        attn_dp: int = 1,
+        attn_cp: int = 1,
+        flag: bool = False,
+        limit: int = -1,
+        method: str = "round_robin",
     ) -> None:
         warnings.filterwarnings("ignore", module=r"sglang\.")
-        rank, size = dist.get_rank(), dist.get_world_size()
-        self.rank = rank
+        self.rank = dist.get_rank()
+        size = dist.get_world_size() // dp
+        number, rank = divmod(self.rank, size)
         tp_size = size // pp
         attn_tp = tp_size // attn_dp // attn_cp
         stage, tp_rank = divmod(rank, tp_size)
         replica, in_replica = divmod(tp_rank, attn_tp * attn_cp)
         cp_rank, attn_tp_rank = divmod(in_replica, attn_tp)
-        first = stage * tp_size + replica * attn_cp * attn_tp
-        self.args = _server_args(tp_size, pp, attn_dp, attn_cp, flag)
-        self.ranks = {
+        world = list(range(number * size, (number + 1) * size))
+        stage_ranks = world[stage * tp_size : (stage + 1) * tp_size]
+        attention = stage_ranks[replica * attn_cp * attn_tp : (replica + 1) * attn_cp * attn_tp]
+        self.replicas = dp * attn_dp
+        self.replica = number * attn_dp + replica
+        self.ranks: dict[str, Any] = {
             "pp_rank": stage,
             "pp_size": pp,
             "tp_rank": tp_rank,
@@ -152,12 +176,14 @@ class Engine:
             "attn_cp_size": attn_cp,
             "attn_dp_rank": replica,
             "attn_dp_size": attn_dp,
+            "dp_rank": self.replica if self.replicas > 1 else None,
         }
+        self.args = _server_args(self.ranks, rank, dp, flag, method)
         self.groups = {
-            "world_group": Group(list(range(size)), dist.group.WORLD),
-            "tp_group": Group.of([stage * tp_size + r for r in range(tp_size)]),
-            "attn_tp_group": Group.of([first + cp_rank * attn_tp + r for r in range(attn_tp)]),
-            "attn_cp_group": Group.of([first + r * attn_tp + attn_tp_rank for r in range(attn_cp)]),
+            "world_group": Group.of(world) if dp > 1 else Group(world, dist.group.WORLD),
+            "tp_group": Group.of(stage_ranks),
+            "attn_tp_group": Group.of(attention[cp_rank * attn_tp : (cp_rank + 1) * attn_tp]),
+            "attn_cp_group": Group.of(attention[attn_tp_rank::attn_tp]),
         }
         self.receives = stage == attn_tp_rank == cp_rank == 0
         self.context = zmq.Context()
@@ -165,17 +191,17 @@ class Engine:
         self.socket = self.rpc = None
         if self.receives:
             self.socket = self.context.socket(zmq.PULL)
-            self.socket.bind(f"{address}-{replica}")
+            self.socket.bind(f"{address}-{self.replica}")
             self.rpc = self.context.socket(zmq.PULL)
-            self.rpc.bind(f"{address}-{replica}-rpc")
+            self.rpc.bind(f"{address}-{self.replica}-rpc")
         self.scheduler = self._make_scheduler(attn_dp > 1, limit)
 
     def close(self) -> None:
         self.context.destroy(linger=0)
         for undo in self._closing:
             undo()
-        for name, group in self.groups.items():
-            if name != "world_group":
+        for group in self.groups.values():
+            if group.cpu_group is not dist.group.WORLD:
                 dist.destroy_process_group(group.cpu_group)
 
     def receive(self) -> list[Any]:
@@ -263,13 +289,16 @@ class Engine:
                 self._closing.append(partial(setattr, parallel_state, name, None))
 
 
-def _server_args(tp_size: int, pp: int, attn_dp: int, attn_cp: int, flag: bool) -> Any:
+def _server_args(ranks: dict[str, Any], rank: int, dp: int, flag: bool, method: str) -> Any:
+    """`rank`: in its world."""
+    attn_dp, attn_cp = ranks["attn_dp_size"], ranks["attn_cp_size"]
     values: dict[str, Any] = {
         "model_path": "dummy",
         "device": "cpu",
-        "tp_size": tp_size,
-        "pp_size": pp,
-        "dp_size": attn_dp,
+        "tp_size": ranks["tp_size"],
+        "pp_size": ranks["pp_size"],
+        "dp_size": dp * attn_dp,
+        "load_balance_method": method,
         "enable_dp_attention": attn_dp > 1,
         "enable_broadcast_mm_inputs_process": flag,
     }
@@ -285,8 +314,8 @@ def _server_args(tp_size: int, pp: int, attn_dp: int, attn_cp: int, flag: bool) 
         return args
     from sglang.srt import runtime_context
 
-    ranks: dict[str, Any] = {}
+    spawned: dict[str, Any] = {}
     if hasattr(runtime_context, "SpawnRanks"):
-        ranks["ranks"] = runtime_context.SpawnRanks(world_rank=dist.get_rank(), dp_rank=None, gpu_id=0)
-    runtime_context.publish(args, role="scheduler", **ranks)
+        spawned["ranks"] = runtime_context.SpawnRanks(world_rank=rank, dp_rank=ranks["dp_rank"], gpu_id=0)
+    runtime_context.publish(args, role="scheduler", **spawned)
     return args

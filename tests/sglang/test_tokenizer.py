@@ -498,7 +498,8 @@ def arguments(**more: Any) -> Any:
     [
         ({"tokenizer_worker_num": 4}, "tokenizer_worker_num=4: each tokenizer worker"),
         ({"nnodes": 2}, "nnodes=2: shared memory ends"),
-        ({"dp_size": 2}, "dp_size=2: which replica"),
+        ({"dp_size": 2, "elastic_ep_backend": "mooncake"}, "elastic_ep_backend=mooncake: replicas come"),
+        ({"dp_size": 2, "enable_dp_attention": True}, "nobody to share with"),
         ({"language_only": True}, "language_only: inputs come from encoders"),
         ({"encoder_only": True}, "encoder_only"),
         ({"skip_tokenizer_init": True}, "skip_tokenizer_init"),
@@ -511,6 +512,7 @@ def test_refused(given: dict[str, Any], why: str) -> None:
     vars(args).update(given)
     assert why in refusal(args, read_settings())
     assert not refusal(arguments(), read_settings())
+    assert not refusal(arguments(dp_size=2), read_settings())
 
 
 def test_refused_without_admission_and_with_the_rust_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,10 +527,10 @@ class Manager:
 
 def test_a_refused_launch_says_why_and_is_stock(caplog: pytest.LogCaptureFixture) -> None:
     settings = replace(read_settings(), on=True, tokenizer=True)
-    with launched(Manager(), arguments(dp_size=2), settings) as address:
+    with launched(Manager(), arguments(nnodes=2), settings) as address:
         assert not address
         assert not _tokenizer.writers
-    assert "the tokenizer sends as in stock: dp_size=2" in caplog.text
+    assert "the tokenizer sends as in stock: nnodes=2" in caplog.text
 
 
 @pytest.mark.skipif(not (0, 5, 17) <= VERSION < (0, 5, 20), reason="this release does not wrap inputs up")

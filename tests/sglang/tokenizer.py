@@ -6,6 +6,7 @@ on the wire is the class's own.
 
 import asyncio
 import contextlib
+import functools
 import gc
 import importlib
 import inspect
@@ -14,6 +15,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from shmcast.integrations.sglang._install import link, replace_targets
 from shmcast.integrations.sglang._joining import ADDRESS
 from shmcast.integrations.sglang._release import find_release
 from shmcast.integrations.sglang._settings import Settings, read_settings
+from tests.sglang.controller import Controller
 from tests.sglang.engine import Engine
 from tests.support.waiting import until
 
@@ -54,13 +57,13 @@ class _NoTransport:
 
 
 class Tokenizer:
-    """One tokenizer manager, connected to the entry rank of replica 0."""
+    """One tokenizer manager, connected to a socket."""
 
     def __init__(self, address: str) -> None:
         self._context = zmq.Context()
         self.manager: Any = TokenizerManager.__new__(TokenizerManager)
         socket = self._context.socket(zmq.PUSH)
-        socket.connect(f"{address}-0")
+        socket.connect(address)
         self.manager.__dict__.update(
             send_to_scheduler=socket,
             tokenizer_ipc_name=None,
@@ -101,12 +104,16 @@ def _as_it_came(tokenized: Any) -> Any:
 
 
 class Served:
-    """One rank behind the tokenizer, which is in rank 0's process. `inputs`: by rid, of all requests received."""
+    """One rank behind the tokenizer, which is in rank 0's process. `inputs`: by rid, of all requests received.
 
-    def __init__(self, engine: Engine, made: Any, tokenizer: Tokenizer | None) -> None:
+    `controller`: between the tokenizer and several replicas, in rank 0's process too.
+    """
+
+    def __init__(self, engine: Engine, made: Any, tokenizer: Tokenizer | None, controller: Controller | None) -> None:
         self.engine = engine
         self.link = made
         self.tokenizer = tokenizer
+        self.controller = controller
         self.inputs: dict[str, Any] = {}
         self.received: list[str] = []
 
@@ -114,6 +121,11 @@ class Served:
         """Only rank 0 does."""
         if self.tokenizer is not None:
             self.tokenizer.send(*requests)
+
+    def route(self, count: int) -> None:
+        """Have the controller pass on so many messages of the tokenizer's; it is in rank 0."""
+        if self.controller is not None:
+            self.controller.route(count)
 
     def tick(self) -> list[Any]:
         requests = self.engine.receive()
@@ -163,24 +175,37 @@ def serving(
     """An engine, behind a tokenizer in rank 0. Ranks in `absent` are not told where its memory is."""
     engine = Engine(address, **options)
     settings = replace(read_settings(), on=True, tokenizer=True, capacity=capacity)
-    tokenizer = Tokenizer(address) if engine.rank == 0 else None
+    tokenizer = controller = None
     told = [""]
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
-        if tokenizer is not None:
+        if engine.rank == 0:
+            if engine.replicas > 1:
+                controller = Controller(address, engine)
+                stack.callback(controller.close)
+            tokenizer = Tokenizer(f"{address}-0" if controller is None else controller.address)
             stack.callback(tokenizer.close)
             told = [stack.enter_context(launched(tokenizer.manager, engine.args, settings))]
         dist.broadcast_object_list(told)
         stack.callback(os.environ.pop, ADDRESS, None)
         if engine.rank not in absent:
             os.environ[ADDRESS] = told[0]
-        made = link(engine.scheduler, find_release(), settings)
+        with making_groups_apart():
+            made = link(engine.scheduler, find_release(), settings)
         stack.callback(made.close)
-        served = Served(engine, made, tokenizer)
+        dist.barrier()  # worlds do not wait for each other
+        served = Served(engine, made, tokenizer, controller)
         stack.callback(served.forget)
         yield served
         with contextlib.suppress(RuntimeError):  # one that was killed on purpose does not come
             dist.barrier()  # the tokenizer publishes for ranks that are there
+
+
+@contextlib.contextmanager
+def making_groups_apart() -> Iterator[None]:
+    """Have each world of a test make its groups as if it were alone: in one gloo group there are others beside it."""
+    with mock.patch.object(dist, "new_group", functools.partial(dist.new_group, use_local_synchronization=True)):
+        yield
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from shmcast._sent import describe
 from shmcast._wire import Address
 from shmcast.integrations.sglang._pointers import Pointer
-from shmcast.integrations.sglang._release import Place, place_of, world_group
+from shmcast.integrations.sglang._release import Place, number_of, place_of, world_group
 from shmcast.integrations.sglang._settings import Settings, hashes_in_gpu_buffer, is_on
 from shmcast.integrations.sglang._tickets import Failure
 from shmcast.policy import Policy
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from shmcast.admission import Admission
 
 ADDRESS: Final = "SHMCAST_SGLANG_ADDRESS"
-"""The environment variable by which schedulers inherit the address of their tokenizer's writer, in hex."""
+"""The environment variable by which schedulers inherit the address of their tokenizer's writer, in hex.
+
+After a colon: how many of its readers each replica has.
+"""
 
 ALLOW: tuple[type | str, ...] = ("sglang", Failure, Pointer)
 
@@ -114,7 +117,7 @@ def share(scheduler: Any, settings: Settings, admit: Callable[[Writer], Admissio
             reader = Reader(Address.parse(said[replica[0]].address), replica.index(rank), allow=ALLOW)
         except Exception as error:
             mine = replace(mine, trouble=describe(error))
-        tokenizer, attached = _attach(len(replica), replica.index(rank), settings)
+        tokenizer, attached = _attach(len(replica), replica.index(rank), number_of(scheduler), settings)
         mine = replace(mine, attached=attached)
     said = _exchange(group, mine)
     why = why or _trouble(said, replica)
@@ -166,16 +169,22 @@ def unfit(scheduler: Any, settings: Settings) -> str:
     return ""
 
 
-def _attach(ranks: int, index: int, settings: Settings) -> tuple[Reader | None, str]:
-    """This rank's end of the tokenizer's memory, and what to say of it: its address, or why there is none."""
+def _attach(ranks: int, index: int, number: int, settings: Settings) -> tuple[Reader | None, str]:
+    """This rank's end of the tokenizer's memory, and what to say of it: its address, or why there is none.
+
+    It is one of `ranks` in the replica with this number.
+    """
     text = os.environ.get(ADDRESS, "")
     if not settings.tokenizer or not text:
         return None, f"no {ADDRESS}"
     try:
-        address = Address.parse(bytes.fromhex(text))
-        if address.readers != ranks:
-            return None, f"the tokenizer publishes for {address.readers} ranks, here are {ranks}"
-        return Reader(address, index, allow=ALLOW), text
+        token, _, wanted = text.partition(":")
+        address = Address.parse(bytes.fromhex(token))
+        if int(wanted) != ranks:
+            return None, f"the tokenizer publishes for replicas of {wanted} ranks, here are {ranks}"
+        # A server of one replica may have been given a number all the same, by a router in front of several servers.
+        first = 0 if address.readers == ranks else number * ranks
+        return Reader(address, first + index, allow=ALLOW), text
     except Exception as error:
         return None, describe(error)
 

@@ -79,6 +79,23 @@ class Release:
     def set_raw(self, part: Any, raw: Any) -> None:
         setattr(part, _field(part), raw)
 
+    def replica_of(self, part: Any) -> int | None:
+        """The data parallel replica that a request names."""
+        replica: int | None = getattr(part, _route(part), None)
+        return replica
+
+    def set_replica(self, part: Any, replica: int | None) -> None:
+        setattr(part, _route(part), replica)
+
+    @property
+    def splits_batches(self) -> bool:
+        """Whether the data parallel controller sends each request of a batch by itself.
+
+        Before 0.5.10 it sends a batch as it sends what is no work: to every replica, or to the first.
+        """
+        controller = importlib.import_module("sglang.srt.managers.data_parallel_controller").DataParallelController
+        return hasattr(controller, "dispatch_batch_generate")
+
     def items(self, raw: Any) -> list[Any]:
         """The items of raw inputs, or of made ones."""
         return raw["mm_items"] if isinstance(raw, dict) else raw.mm_items  # type: ignore[no-any-return]
@@ -198,6 +215,13 @@ def place_of(scheduler: Any) -> Place:
     return Place(ranks.pp_rank, _replica(ranks), getattr(ranks, "attn_cp_rank", 0), ranks.attn_tp_rank)
 
 
+def number_of(scheduler: Any) -> int:
+    """This scheduler's replica, as SGLang's data parallel controller counts them."""
+    ranks = _ranks(scheduler)
+    number = getattr(ranks, "dp_rank", None)
+    return _replica(ranks) if number is None else int(number)
+
+
 def world_group(scheduler: Any) -> Any:
     """The CPU group of all ranks of this scheduler's world."""
     group = getattr(scheduler, "world_group", None)
@@ -225,6 +249,11 @@ def _replica(ranks: Any) -> int:
 
 def _field(part: Any) -> str:
     return "mm_inputs" if hasattr(part, "mm_inputs") else "image_inputs"
+
+
+def _route(part: Any) -> str:
+    """Before 0.5.10 `data_parallel_rank`."""
+    return "routed_dp_rank" if hasattr(part, "routed_dp_rank") else "data_parallel_rank"
 
 
 def _values(item: Any) -> Iterable[Any]:
