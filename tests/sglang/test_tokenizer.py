@@ -23,7 +23,7 @@ from shmcast.integrations.sglang._settings import read_settings
 from shmcast.integrations.sglang._tickets import CARRIED, carried
 from shmcast.integrations.sglang._tokenizer import refusal
 from tests.sglang.engine import REQUEST_ERRORS, VERSION, io_struct, schedule_batch
-from tests.sglang.requests import KINDS, abort, generate, items_of, raw_of, rows, same
+from tests.sglang.requests import KINDS, WIDTH, abort, generate, image, items_of, raw_of, rows, same
 from tests.sglang.serving import Slow, stock_inputs
 from tests.sglang.tokenizer import Served, Tokenizer, launched, serving
 from tests.support.ranks import Died, Ranks
@@ -420,6 +420,23 @@ def test_what_there_is_no_room_for_goes_as_in_stock(engines: Ranks, tmp_path: Pa
     first, second = engines.run(2, full, at(tmp_path))
     assert first == second
     assert 1 <= first < 4
+
+
+def first(rank: int, address: str) -> int:
+    """The first request is a large one: more than the memory with which a writer starts."""
+    pixels = image(torch.zeros(20_000, WIDTH), (1, 100, 200), 3)
+    with serving(address) as served:
+        before = 0 if served.tokenizer is None else served.tokenizer.writer().stats().segment_bytes
+        served.send(generate("large", raw_of([pixels])))
+        served.serve(1)
+        assert served.inputs["large"].mm_items[0].feature.numel() == 20_000 * WIDTH
+        after = 0 if served.tokenizer is None else served.tokenizer.writer().stats().segment_bytes
+        assert after == before, "memory was made for it while it waited"
+        return int(served.link.stats()["tokenizer"].messages)
+
+
+def test_the_first_request_finds_memory_that_all_have_mapped(engines: Ranks, tmp_path: Path) -> None:
+    assert engines.run(4, first, at(tmp_path)) == [1] * 4
 
 
 def unsent(rank: int, address: str) -> None:

@@ -14,8 +14,10 @@ import inspect
 import logging
 import os
 from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
+
+import torch
 
 from shmcast._sent import describe
 from shmcast.errors import ArenaFull, ClosedError
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from shmcast.integrations.sglang._release import Release
     from shmcast.integrations.sglang._settings import Settings
     from shmcast.metrics import Stats
+
+FIRST_BYTES: Final = 120 << 20
+"""Of the requests that find memory at once; twice as much is made for them."""
 
 log = logging.getLogger("shmcast")
 
@@ -72,6 +77,9 @@ class TokenizerWriter:
         # The thread that publishes serves all requests: it never waits for room.
         policy = Policy(wait=0)
         self.writer = Writer(replicas.count * replicas.ranks, capacity=settings.capacity, allow=ALLOW, policy=policy)
+        # Now, and not while the first request waits; schedulers map it when they attach.
+        with suppress(ArenaFull):
+            self.writer.empty((FIRST_BYTES,), torch.uint8)
         self._replicas = replicas
         self._turn = 0
         self._release = release
