@@ -1,6 +1,7 @@
 """The gate before an entry rank's socket, with stand-ins for SGLang's requests: what waits, what passes, and when."""
 
 import collections
+import pickle
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from shmcast._wire import Handle
 from shmcast.integrations.sglang._gate import Gate, maker_of_all
 from shmcast.integrations.sglang._release import Place, Release
 from shmcast.integrations.sglang._settings import read_settings
-from shmcast.integrations.sglang._tickets import Failure, Ticket
+from shmcast.integrations.sglang._tickets import Aborted, Failure, Ticket
 from tests.support.waiting import until
 
 
@@ -225,7 +226,7 @@ def test_what_an_abort_named_gives_its_memory_back(world: World) -> None:
     assert world.writer.stats().leases[0].held == 0
 
 
-def test_a_batch_is_one_message_and_aborted_as_a_whole_or_not_at_all(world: World) -> None:
+def test_a_batch_is_one_message_and_the_rest_of_it_goes_on_as_it_came(world: World) -> None:
     parts = [Request("a", raw(1.0)), Request("text"), Request("b", raw(2.0))]
     world.queue.append(Batch(parts))
     (batch,) = world.poll_until(1)
@@ -234,9 +235,25 @@ def test_a_batch_is_one_message_and_aborted_as_a_whole_or_not_at_all(world: Worl
     opened: Any = world.reader.open(Handle.parse(batch.batch[0].mm_inputs.handle))
     assert [opened[part.mm_inputs.number]["pixels"].mean().item() for part in (parts[0], parts[2])] == [2.0, 4.0]
     world.go.clear()
-    one = raw()
-    (again, _) = world.poll(Batch([Request("c", one), Request("d", raw())]), Abort("c"))
-    assert again.batch[0].mm_inputs is one, "the other of the two would have lost its inputs"
+    other = raw()
+    (again, _) = world.poll(Batch([Request("c", raw()), Request("d", other)]), Abort("c"))
+    assert [part.mm_inputs for part in again.batch] == [None, other]
+
+
+def test_what_an_abort_names_that_came_elsewhere_has_its_own(world: World) -> None:
+    world.go.clear()
+    assert world.poll(*(Request(rid, raw()) for rid in ("user-1", "user-2", "else"))) == []
+    world.gate.hear(Abort("user"))
+    requests = world.poll()
+    assert rids(requests) == ["user-1", "user-2"]
+    for request in requests:
+        aborted = pickle.loads(pickle.dumps(request.mm_inputs))
+        assert isinstance(aborted, Aborted)
+        assert (aborted.ticket, aborted.mm_items, aborted.abort) == (None, (), Abort(request.rid))
+    world.gate.hear(Abort(abort_all=True))
+    (request,) = world.poll()
+    assert request.mm_inputs.abort == Abort("else")
+    assert not world.gate.waiting
 
 
 def test_a_bad_request_is_that_requests_failure(world: World) -> None:

@@ -114,7 +114,7 @@ def test_a_name_is_taken_away_once_and_for_all(segments: Segments) -> None:
 def test_a_segment_that_is_too_short_is_refused(segments: Segments) -> None:
     pointer = segments.pointer(pixels(1))
     pointer.state["shape"] = torch.Size([1 << 20])
-    with pytest.raises(OSError, match=f"{pointer.path} has .* for a tensor of {2 << 20}"):
+    with pytest.raises(OSError, match=f"{pointer.path}, .* is no tensor of {2 << 20}"):
         pointer.map()
     pointer.discard()
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from shmcast.integrations.sglang._settings import read_settings
 from tests.sglang import requests
 from tests.sglang.engine import FROM_DICT, REQUEST_ERRORS, VERSION, Engine, io_struct
 from tests.sglang.requests import KINDS, abort, batch, generate, raw_of, same
-from tests.sglang.serving import Slow, leases, serve_staged, serving, stock_inputs, wait_for_leases
+from tests.sglang.serving import Serving, Slow, leases, serve_staged, serving, stock_inputs, wait_for_leases
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.multiprocess
@@ -317,16 +318,17 @@ def test_an_abort_lets_what_it_names_out_before_it(engines: Ranks, tmp_path: Pat
 
 def aborted_in_part(rank: int, address: str) -> list[list[str]]:
     with Slow() as slow, serving(address) as serve:
-        serve.send(batch([generate("a", raw_of(KINDS["video"]())), generate("b", None)]), abort("a"))
+        serve.send(batch([generate(rid, raw_of(KINDS["video"]())) for rid in "ab"]), abort("a"))
         slow.go.set()
         serve.serve(3)
-        same(serve.inputs["a"], slow.stock(raw_of(KINDS["video"]())))
+        assert serve.inputs["a"] is None
+        same(serve.inputs["b"], slow.stock(raw_of(KINDS["video"]())))
         serve.forget()
         wait_for_leases(serve, 0)
         return serve.ticks
 
 
-def test_a_batch_that_is_aborted_in_part_goes_on_as_it_came(engines: Ranks, tmp_path: Path) -> None:
+def test_the_rest_of_a_batch_that_is_aborted_in_part_goes_on_as_it_came(engines: Ranks, tmp_path: Path) -> None:
     assert engines.run(2, aborted_in_part, at(tmp_path)) == [[["a", "b", "a"]]] * 2
 
 
@@ -503,6 +505,45 @@ def test_under_data_parallel_attention(
     got = engines.run(4, layout, at(tmp_path), options, replicas)
     assert [rids[0] for rids in got] == expected
     assert all(len(rids) == 2 for rids in got)
+
+
+def tick_until(serve: Serving, done: Callable[[], bool]) -> None:
+    """Of all ranks of a world, until it is so on each."""
+    missing = torch.ones(1, dtype=torch.int32)
+    while missing.item():
+        serve.tick()
+        missing[0] = not done()
+        dist.all_reduce(missing)
+
+
+def aborted_elsewhere(rank: int, address: str, everything: bool) -> list[str]:
+    """An abort comes to the first replica's entry rank, which tells all ranks; the second one holds what it names."""
+    with Slow() as slow, serving(address, attn_dp=2) as serve:
+        raws = {"user-1": "video", "user-2": "all", "else": "audio as ndarray"}
+        serve.send(*(generate(rid, raw_of(KINDS[kind]())) for rid, kind in raws.items()), replica=1)
+        tick_until(serve, lambda: rank != 2 or len(serve.gate()._held) == 3)
+        serve.send(abort(everything=True) if everything else abort("user"))
+        tick_until(serve, lambda: rank < 2 or "user-2" in serve.inputs)
+        slow.go.set()
+        tick_until(serve, lambda: rank < 2 or "else" in serve.inputs)
+        for rid, kind in raws.items() if rank >= 2 else ():
+            if everything or rid != "else":
+                assert serve.inputs[rid] is None
+            else:
+                same(serve.inputs[rid], slow.stock(raw_of(KINDS[kind]())))
+        assert not any(request.abort_all for request in serve.other[1:])
+        serve.forget()
+        wait_for_leases(serve, 0)
+        return [rid for tick in serve.ticks for rid in tick]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_an_abort_reaches_what_another_replica_holds(engines: Ranks, tmp_path: Path, everything: bool) -> None:
+    first, second, *others = engines.run(4, aborted_elsewhere, at(tmp_path), everything)
+    rid = "" if everything else "user"
+    assert first == second == [rid]
+    ended = ["user-1", "user-1", "user-2", "user-2"]
+    assert others == [[rid, *ended, "else", "else"] if everything else [rid, *ended, "else"]] * 2
 
 
 def staged(rank: int, address: str) -> list[str]:

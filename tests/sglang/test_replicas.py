@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from shmcast.integrations.sglang._release import find_release
 from shmcast.integrations.sglang._replicas import Replicas, replicas_of, resolved
 from shmcast.transport import Writer
 from tests.sglang.engine import VERSION, ServerArgs, io_struct
-from tests.sglang.requests import generate, items_of, same
-from tests.sglang.serving import stock_inputs
+from tests.sglang.requests import abort, generate, items_of, same
+from tests.sglang.serving import Slow, stock_inputs
 from tests.sglang.test_tokenizer import at, lent, made_of, sample_of, tokenizer_of
 from tests.sglang.tokenizer import Served, serving
 from tests.support.ranks import Died, Ranks
@@ -75,6 +76,15 @@ def serve(served: Served, count: int) -> None:
         dist.all_reduce(missing, dist.ReduceOp.MAX)
 
 
+def serve_until(served: Served, done: Callable[[], bool]) -> None:
+    """Tick, all ranks alike, until it is so on each."""
+    missing = torch.ones(1, dtype=torch.int32)
+    while missing.item():
+        served.tick()
+        missing[0] = not done()
+        dist.all_reduce(missing, dist.ReduceOp.MAX)
+
+
 def holders(served: Served) -> list[int]:
     """The tokenizer's messages that each replica's ranks hold, by replica."""
     found = tokenizer_of(served).writer().stats().leases
@@ -118,6 +128,32 @@ def test_a_request_goes_to_the_replica_that_it_names(engines: Ranks, tmp_path: P
     results = engines.run(4, by_name, at(tmp_path), layout)
     first, second = (["0: 1"], 1), (["1: 0", "1: 2"], 2)
     assert sorted(results) == [first, first, second, second]
+
+
+def aborted(rank: int, address: str, layout: dict[str, Any]) -> tuple[int, list[str]]:
+    """While the second replica's entry rank hashes it. Where replicas share a world, only the first one is told."""
+    with Slow() as slow, serving(address, **layout) as served:
+        if rank == 0:
+            served.send(named("gone", video(), 1))
+        served.route(1)
+        entry = served.engine.replica == 1 and served.engine.receives
+        serve_until(served, lambda: not entry or slow.calls == 1)
+        if rank == 0:
+            tokenizer_of(served).manager.send_to_scheduler.send_pyobj(abort("gone"))
+        served.route(1)
+        serve_until(served, lambda: served.engine.replica == 0 or "gone" in served.inputs)
+        assert served.inputs.pop("gone", None) is None
+        slow.go.set()
+        finish(served)
+        return served.engine.replica, served.received
+
+
+@two_layouts
+def test_an_abort_reaches_what_another_replica_holds(engines: Ranks, tmp_path: Path, layout: dict[str, Any]) -> None:
+    results = engines.run(4, aborted, at(tmp_path), layout)
+    told = ["gone"] if "attn_dp" in layout else []
+    second = [received for replica, received in results if replica == 1]
+    assert second == [[*told, "gone", "gone"]] * 2
 
 
 def in_turn(rank: int, address: str, layout: dict[str, Any]) -> tuple[int, list[str]]:

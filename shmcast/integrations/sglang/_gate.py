@@ -19,7 +19,7 @@ import zmq
 from shmcast._sent import describe
 from shmcast._wire import Handle
 from shmcast.integrations.sglang._pointers import pointers, restore
-from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket, carried
+from shmcast.integrations.sglang._tickets import Aborted, Failure, RawTicket, Ticket, carried
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -67,9 +67,13 @@ class Gate:
             self._take_in(self._receive(flags | zmq.NOBLOCK))
         return self._out.popleft()
 
+    def hear(self, abort: Any) -> None:
+        """An abort that all ranks of the world have by now: what it names comes out with an abort of its own."""
+        self._let_out_aborted(abort, follows=False)
+
     def _take_in(self, request: Any) -> None:
         if isinstance(request, self._release.abort):
-            self._let_out_aborted(request)
+            self._let_out_aborted(request, follows=True)
         session = self._session_of(request)
         try:
             raws = self._raws(request)
@@ -128,16 +132,21 @@ class Gate:
                 restore(self._release, raw)
         self._out.append(request)
 
-    def _let_out_aborted(self, abort: Any) -> None:
-        """What an abort names goes on before it, without inputs: the scheduler ends it as it ends any that waits."""
+    def _let_out_aborted(self, abort: Any, *, follows: bool) -> None:
+        """What an abort names goes on without inputs: the scheduler ends it as it ends any that waits.
+
+        `follows`: the abort comes behind it. The rest of a batch goes on as it came.
+        """
         for key, held in list(self._held.items()):
-            rids = [part.rid for part in self._release.parts(held.request)]
-            named = [abort.abort_all or rid.startswith(abort.rid) for rid in rids]
-            if not any(named) or not self._admission.abort(key):
+            parts = self._release.parts(held.request)
+            named = [part for part in parts if abort.abort_all or part.rid.startswith(abort.rid)]
+            if not named or not self._admission.abort(key):
                 continue
-            if all(named):
-                for part in self._release.parts(held.request):
-                    self._drop(part)
+            for part in named:
+                self._drop(part)
+                if not follows:
+                    own = self._release.abort_of(abort, part)
+                    self._release.set_raw(part, Aborted(own, self._release.raw_of(part)))
             self._pass(self._forget(key))
 
     def _drop(self, part: Any) -> None:

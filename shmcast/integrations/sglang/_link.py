@@ -23,8 +23,8 @@ from shmcast.integrations.sglang._gate import Gate, maker_of_all
 from shmcast.integrations.sglang._hashing import Hashing, splits_or_moves
 from shmcast.integrations.sglang._joining import ALLOW, Apart, Shared, nodes_of, share
 from shmcast.integrations.sglang._pointers import make_of, map_all, pointers, receive_with
-from shmcast.integrations.sglang._release import flag_group
-from shmcast.integrations.sglang._tickets import Failure, RawTicket, Ticket
+from shmcast.integrations.sglang._release import flag_group, hears_aborts
+from shmcast.integrations.sglang._tickets import Aborted, Failure, RawTicket, Ticket
 from shmcast.integrations.sglang._tokenizer_reader import TokenizerReader
 from shmcast.policy import Policy, Route
 
@@ -59,6 +59,7 @@ class Link:
         self._hidden: dict[str, Any] = {}
         self._shared: Shared | None = None
         self._gate: Gate | None = None
+        self._hears: Callable[[Any], None] | None = None
         self._flag: Broadcaster | None = None
         self._tokenizer: TokenizerReader | None = None
         shared = share(scheduler, settings, self._admit)
@@ -105,7 +106,9 @@ class Link:
         """Open what the tickets among these requests name, alike on all ranks. Returns the requests.
 
         Where one rank cannot open a message, none uses it: the entry rank sends the raw inputs behind it instead.
+        Behind a request that was aborted while it was held comes its abort, where none else would.
         """
+        requests = self._with_aborts(requests)
         parts = [part for request in requests or () for part in self._release.parts(request)]
         tickets = [(part, ticket) for part in parts if isinstance(ticket := self._release.raw_of(part), Ticket)]
         found = [ticket for part, ticket in tickets if not self._drop(part, ticket)]
@@ -126,6 +129,20 @@ class Link:
             for pointer in ticket.pointers if self._ends.ends_names else ():
                 pointer.discard()
         return requests
+
+    def _with_aborts(self, requests: Any) -> Any:
+        """The aborts among these reach what the gate holds; what it let out for one before has its own behind it."""
+        followed = []
+        for request in requests or ():
+            if self._hears and isinstance(request, self._release.abort):
+                self._hears(request)
+            followed.append(request)
+            for part in self._release.parts(request):
+                raw = self._release.raw_of(part)
+                if isinstance(raw, Aborted):
+                    self._release.set_raw(part, raw.ticket)
+                    followed.append(raw.abort)
+        return followed if requests else requests
 
     def _open(self, handle: bytes, tickets: list[Ticket]) -> bool:
         """Whether this rank could."""
@@ -152,14 +169,16 @@ class Link:
 
         Not where stages follow, which need the ticket for that: there it is opened as any.
         """
-        ends = self._ends
-        if not (isinstance(ticket, RawTicket) and ticket.dropped):
-            return False
-        if ends.stage is None or dist.get_world_size(ends.stage) < ends.ranks:
+        if not (isinstance(ticket, RawTicket) and ticket.dropped and self._is_one_stage(self._ends)):
             return False
         self._borrowed.discard(ticket)
         self._release.set_raw(part, None)
         return True
+
+    @staticmethod
+    def _is_one_stage(ends: Shared) -> bool:
+        """Whether all ranks of the replica are in one pipeline stage."""
+        return ends.stage is not None and dist.get_world_size(ends.stage) == ends.ranks
 
     def _send_raw(self, tickets: list[Ticket]) -> None:
         """Collective over a stage: the raw inputs behind tickets that a rank could not open."""
@@ -251,6 +270,9 @@ class Link:
         receive = receive_with(scheduler.recv_from_tokenizer)
         self._gate = gate = Gate(receive, shared.admission, self._release)
         self._put("recv_from_tokenizer", gate)
+        # Not where stages follow: under data-parallel attention none of them would be told.
+        if not hears_aborts(scheduler) and self._is_one_stage(shared):
+            self._hears = gate.hear
         sleep = scheduler.maybe_sleep_on_idle
         # It sleeps on the sockets: nothing would wake it when what is held is ready.
         self._put("maybe_sleep_on_idle", lambda: None if gate.waiting else sleep())

@@ -4,7 +4,7 @@
     -> each rank: mapped -> the last of the ranks that can have mapped it: its name taken away
 
 SGLang attaches them while it unpickles a request, on the scheduler's thread, and from 0.5.10 on once more for each
-rank; up to 0.5.17 each rank copies them there. Here a `Pointer` stands in for `ShmPointerMMData` until a worker maps
+rank; up to 0.5.20 each rank copies them there. Here a `Pointer` stands in for `ShmPointerMMData` until a worker maps
 it, or until the request goes on as it came.
 """
 
@@ -78,7 +78,7 @@ class Pointer:
             tensor = torch.from_file(f"/proc/self/fd/{fd}", shared=False, size=size, dtype=self.state["dtype"])
         except RuntimeError as error:
             found = os.fstat(fd).st_size
-            raise OSError(f"{self.path} has {found} bytes for a tensor of {self.nbytes}: {error}") from error
+            raise OSError(f"{self.path}, {found} bytes, is no tensor of {self.nbytes}: {error}") from error
         finally:
             os.close(fd)
         return tensor.view(self.state["shape"])

@@ -79,6 +79,12 @@ class Release:
     def set_raw(self, part: Any, raw: Any) -> None:
         setattr(part, _field(part), raw)
 
+    def abort_of(self, abort: Any, part: Any) -> Any:
+        """The same abort, of this request alone."""
+        new = copy.copy(abort)
+        new.rid, new.abort_all = part.rid, False
+        return new
+
     def replica_of(self, part: Any) -> int | None:
         """The data parallel replica that a request names."""
         replica: int | None = getattr(part, _route(part), None)
@@ -220,6 +226,17 @@ def number_of(scheduler: Any) -> int:
     ranks = _ranks(scheduler)
     number = getattr(ranks, "dp_rank", None)
     return _replica(ranks) if number is None else int(number)
+
+
+def hears_aborts(scheduler: Any) -> bool:
+    """Whether the entry rank of this scheduler's replica gets aborts from the tokenizer itself.
+
+    Under data-parallel attention the first replica's does and broadcasts them to all, unless SGLang is told otherwise.
+    """
+    name = "enable_dp_attention_local_control_broadcast"
+    ranks = _ranks(scheduler)
+    local = getattr(scheduler.server_args, name, False) or getattr(ranks, name, False)
+    return bool(local) or _replica(ranks) == 0
 
 
 def world_group(scheduler: Any) -> Any:

@@ -77,6 +77,23 @@ class RawTicket(Ticket):
         return RawTicket, (self.handle, self.hashed, self.identities, self.dropped)
 
 
+class Aborted(Ticket):
+    """A request that was aborted while it was held, by an abort that came to all ranks and will not come behind it.
+
+    `ticket`: what its leases are to be given back by, or None. `abort`: names this request alone.
+    """
+
+    __slots__ = ("abort", "ticket")
+
+    def __init__(self, abort: Any, ticket: RawTicket | None) -> None:
+        super().__init__(b"", 0)
+        self.abort = abort
+        self.ticket = ticket
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Aborted, (self.abort, self.ticket)
+
+
 def carrier_of(handle: Handle, *, known: bool) -> bytes:
     """The feature of a carrier: what crosses a socket in place of raw inputs, by pickle or msgpack."""
     return CARRIED + (b"1" if known else b"0") + bytes(handle)
