@@ -1,7 +1,7 @@
 """The tokenizer's segments, one a tensor: every rank maps them where they are, nothing of them is copied.
 
     tokenizer: a segment -> entry rank: a `Pointer`, mapped while a worker makes the inputs -> the message: a `Pointer`
-    -> each rank: mapped -> the last of the ranks that can have mapped it: its name taken away
+    -> each rank: mapped -> first rank of the last pipeline stage, when all there have: its name taken away
 
 SGLang attaches them while it unpickles a request, on the scheduler's thread, and from 0.5.10 on once more for each
 rank; up to 0.5.20 each rank copies them there. Here a `Pointer` stands in for `ShmPointerMMData` until a worker maps
