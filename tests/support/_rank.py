@@ -111,6 +111,10 @@ def _in_group(task: Task) -> Returned | Raised:
         timeout=timedelta(seconds=GROUP_SECONDS),
     )
     try:
+        # One that is through, and leaves or dies at once, would fail others that still connect to it.
+        store = dist.FileStore(f"{task.store}-met", task.n)  # type: ignore[attr-defined]  # torch does not list it
+        store.set(str(task.rank), "here")
+        store.wait([str(rank) for rank in range(task.n)], timedelta(seconds=GROUP_SECONDS))
         return _call(task)
     finally:
         if dist.is_initialized():
