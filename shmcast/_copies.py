@@ -50,7 +50,6 @@ class Copies:
         self._changed = threading.Condition()
         self._under_way: set[Copy] = set()
         self._dropping = threading.Lock()
-        self._ended = False
         self._thread: threading.Thread | None = None
 
     def hold(self, copy: Copy) -> None:
@@ -79,9 +78,8 @@ class Copies:
                     return
 
     def end(self) -> None:
-        """At exit: wait for what is being let go of, and keep the rest."""
-        with self._dropping:
-            self._ended = True
+        """At exit: wait for what is being let go of, and keep the rest for good."""
+        self._dropping.acquire()
 
     def _drop_done(self) -> None:
         """Let go of what is done; its end runs finalizers, which is why no lock is held then that any other waits for.
@@ -90,10 +88,9 @@ class Copies:
         """
         done = {copy for copy in tuple(self._under_way) if copy.is_done()}
         with self._dropping:
-            if not self._ended:
-                with self._changed:
-                    self._under_way -= done
-                done.clear()
+            with self._changed:
+                self._under_way -= done
+            done.clear()
 
 
 _copies = Copies()
