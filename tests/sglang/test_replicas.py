@@ -61,7 +61,12 @@ def named(rid: str, raw: Any, replica: int | None) -> Any:
 
 
 def serve(served: Served, count: int) -> None:
-    """Tick until `count` requests came to this rank, as often on all; a second stage has what the first handled."""
+    """Tick until `count` requests came to this rank."""
+    serve_until(served, lambda: len(served.received) >= count)
+
+
+def serve_until(served: Served, done: Callable[[], bool]) -> None:
+    """Tick until it is so on each rank, as often on all; a second stage has what the first handled."""
     from sglang.srt.utils import point_to_point_pyobj
 
     engine = served.engine
@@ -72,15 +77,6 @@ def serve(served: Served, count: int) -> None:
         if engine.ranks["pp_size"] == 2 and engine.receives:
             point_to_point_pyobj(received, engine.rank, group, engine.rank, engine.rank + size)
         del received  # it has the tickets
-        missing[0] = len(served.received) < count
-        dist.all_reduce(missing, dist.ReduceOp.MAX)
-
-
-def serve_until(served: Served, done: Callable[[], bool]) -> None:
-    """Tick, all ranks alike, until it is so on each."""
-    missing = torch.ones(1, dtype=torch.int32)
-    while missing.item():
-        served.tick()
         missing[0] = not done()
         dist.all_reduce(missing, dist.ReduceOp.MAX)
 
@@ -96,6 +92,15 @@ def holders(served: Served) -> list[int]:
 
 def fallbacks(served: Served) -> dict[str, int]:
     return dict(_tokenizer.writers[tokenizer_of(served).manager].stats().fallbacks)
+
+
+def serve_videos(served: Served, count: int) -> list[str]:
+    """The rids of so many requests that came, each with all that `video` has."""
+    serve(served, count)
+    for rid in served.received:
+        same(served.inputs[rid], stock_inputs(video()))
+    finish(served)
+    return sorted(served.received)
 
 
 def finish(served: Served) -> None:
@@ -193,11 +198,7 @@ def by_load(rank: int, address: str, layout: dict[str, Any]) -> tuple[int, list[
             assert fallbacks(served) == {"replica": 2}
         sent.clear()
         served.route(3)
-        serve(served, 2 - served.engine.replica)
-        for rid in served.received:
-            same(served.inputs[rid], stock_inputs(video()))
-        finish(served)
-        return served.engine.replica, sorted(served.received)
+        return served.engine.replica, serve_videos(served, 2 - served.engine.replica)
 
 
 @two_layouts
@@ -222,11 +223,7 @@ def as_batch(rank: int, address: str, layout: dict[str, Any]) -> list[str]:
         replica = served.engine.replica
         # Before 0.5.10 a batch is what is no work: to every replica, or to the first rank of a world.
         unsplit = 3 if replica == 0 or "dp" in layout else 0
-        serve(served, 2 - replica if SPLITS else unsplit)
-        for rid in served.received:
-            same(served.inputs[rid], stock_inputs(video()))
-        finish(served)
-        return sorted(served.received)
+        return serve_videos(served, 2 - replica if SPLITS else unsplit)
 
 
 @two_layouts
@@ -346,11 +343,7 @@ def absent(rank: int, address: str, layout: dict[str, Any]) -> list[str]:
             assert holders(served)[0] == 2
             assert fallbacks(served) == {"readers": 1}
         served.route(3)
-        serve(served, 2 - served.engine.replica)
-        for rid in served.received:
-            same(served.inputs[rid], stock_inputs(video()))
-        finish(served)
-        return sorted(served.received)
+        return serve_videos(served, 2 - served.engine.replica)
 
 
 @two_layouts
