@@ -155,8 +155,7 @@ class Link:
             inputs: Any = reader.open(Handle.parse(handle))
             for ticket in tickets:
                 ticket.inputs = inputs[ticket.number]
-                if isinstance(ticket.inputs, self._release.inputs):
-                    ticket.pointers = map_all(self._release, ticket.inputs)
+                ticket.pointers = map_all(self._release, ticket.inputs)
         except Exception as error:
             log.warning("this rank cannot open a request's inputs, all get the raw ones: %s", describe(error))
             with suppress(Exception):
