@@ -210,6 +210,14 @@ class Engine:
             return list(self.scheduler.request_receiver.recv_requests())
         return list(self.scheduler.recv_requests())
 
+    def hand_on(self, received: list[Any]) -> None:
+        """Send what the first of two pipeline stages handled to the second, over SGLang's own point-to-point."""
+        from sglang.srt.utils import point_to_point_pyobj
+
+        if self.ranks["pp_size"] == 2 and self.receives:
+            next_stage = self.rank + self.ranks["tp_size"]
+            point_to_point_pyobj(received, self.rank, self.groups["world_group"].cpu_group, self.rank, next_stage)
+
     def inputs(self, request: Any) -> Any:
         """A received request's `MultimodalInputs`, as its handling asks for them: None for text."""
         raw = getattr(request, "mm_inputs", getattr(request, "image_inputs", None))

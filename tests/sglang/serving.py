@@ -74,14 +74,10 @@ class Serving:
 
 
 def serve_staged(serve: Serving, count: int) -> None:
-    """Two pipeline stages: the second receives what the first handled, over SGLang's own point-to-point."""
-    from sglang.srt.utils import point_to_point_pyobj
-
-    engine, rank, size = serve.engine, dist.get_rank(), dist.get_world_size() // 2
+    """Two pipeline stages: the second receives what the first handled."""
     while sum(map(len, serve.ticks)) < count:
         received = serve.tick()
-        if engine.ranks["pp_rank"] == 0 and engine.ranks["attn_tp_rank"] == 0:
-            point_to_point_pyobj(received, rank, engine.groups["world_group"].cpu_group, rank, rank + size)
+        serve.engine.hand_on(received)
         del received  # it has the tickets
 
 

@@ -67,15 +67,10 @@ def serve(served: Served, count: int) -> None:
 
 def serve_until(served: Served, done: Callable[[], bool]) -> None:
     """Tick until it is so on each rank, as often on all; a second stage has what the first handled."""
-    from sglang.srt.utils import point_to_point_pyobj
-
-    engine = served.engine
-    group, size = engine.groups["world_group"].cpu_group, engine.ranks["tp_size"]
     missing = torch.ones(1, dtype=torch.int32)
     while missing.item():
         received = served.tick()
-        if engine.ranks["pp_size"] == 2 and engine.receives:
-            point_to_point_pyobj(received, engine.rank, group, engine.rank, engine.rank + size)
+        served.engine.hand_on(received)
         del received  # it has the tickets
         missing[0] = not done()
         dist.all_reduce(missing, dist.ReduceOp.MAX)

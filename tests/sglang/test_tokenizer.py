@@ -252,18 +252,14 @@ def test_by_msgpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 
 
 def staged(rank: int, address: str, known: bool) -> list[str]:
-    """Two pipeline stages: the second receives what the first handled, over SGLang's own point-to-point."""
-    from sglang.srt.utils import point_to_point_pyobj
-
+    """Two pipeline stages: the second receives what the first handled."""
     with serving(address, pp=2) as served:
-        engine, size = served.engine, dist.get_world_size() // 2
         raw = made_of("all")
         served.send(generate("pixels", hashed(raw) if known else raw), generate("text", None))
         with counting_hashes() as hashes:
             while len(served.received) < 2:
                 received = served.tick()
-                if engine.ranks["pp_rank"] == 0 and engine.ranks["attn_tp_rank"] == 0:
-                    point_to_point_pyobj(received, rank, engine.groups["world_group"].cpu_group, rank, rank + size)
+                served.engine.hand_on(received)
                 del received  # it has the tickets
         assert rank == 0 or not hashes
         same(served.inputs["pixels"], stock_inputs(made_of("all")))
