@@ -169,6 +169,7 @@ def close_ends(failing: Failing) -> str:
     """Ends that are closed while calls fail, with names left, for a reader never came."""
     before = Snapshot.take()
     writer = Writer(2, capacity=MIB, slots=4)
+    stem = writer.address.stem[1:]
     reader = Reader(writer.address, 0)
     kept = opens(reader, writer.publish(payload(1)), 1)
     with failing:
@@ -178,12 +179,21 @@ def close_ends(failing: Failing) -> str:
         until(lambda: not any(thread.name.startswith(READER) for thread in threading.enumerate()))
     del writer, reader
     if "unlink" in failing.failed or "stat" in failing.failed:
-        # A name that could not be removed is the next writer's to sweep, when nobody here has it mapped any more.
-        gc.collect()
-        sweep()
+        # A name that could not be removed is the next writer's to sweep, when no thread here has it mapped any more.
+        until(partial(swept, stem))
     left = wait_until_clean(before)
     assert not left, left
     return failing.failed
+
+
+def names_of(stem: str) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if stem in name]
+
+
+def swept(stem: str) -> bool:
+    gc.collect()
+    sweep()
+    return not names_of(stem)
 
 
 def unnamed(arena: _arena.Arena) -> bool:
@@ -197,7 +207,7 @@ def idle_ends(failing: Failing) -> str:
         with Reader(writer.address, 0), Reader(writer.address, 1):
             arena, stem = writer._arena, writer.address.stem[1:]
             until(partial(unnamed, arena))
-        assert not [name for name in os.listdir("/dev/shm") if stem in name]
+        assert not names_of(stem)
     del writer, arena
     left = wait_until_clean(before)
     assert not left, left
