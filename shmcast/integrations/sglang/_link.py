@@ -22,7 +22,8 @@ from shmcast.errors import MaterializeError
 from shmcast.integrations.sglang._gate import Gate, maker_of_all
 from shmcast.integrations.sglang._hashing import Hashing, splits_or_moves
 from shmcast.integrations.sglang._joining import ALLOW, Apart, Shared, nodes_of, share
-from shmcast.integrations.sglang._pointers import make_of, map_all, pointers, receive_with
+from shmcast.integrations.sglang._pointers import make_of, map_all, pointers
+from shmcast.integrations.sglang._reading import receive_with
 from shmcast.integrations.sglang._release import flag_group, hears_aborts
 from shmcast.integrations.sglang._tickets import Aborted, Failure, RawTicket, Ticket
 from shmcast.integrations.sglang._tokenizer_reader import TokenizerReader

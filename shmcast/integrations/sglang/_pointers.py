@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import copy
 import importlib
-import io
 import operator
 import os
-import pickle
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
@@ -100,15 +97,6 @@ class Pointer:
         return real
 
 
-def receive_with(socket: Any) -> Callable[[int], Any]:
-    """How to read one request from a socket, with flags of zmq: pickled ones with `Pointer`s in them."""
-    io_struct = importlib.import_module("sglang.srt.managers.io_struct")
-    stock = getattr(io_struct, "sock_recv", None)
-    if not getattr(io_struct, "_USE_PICKLE_IPC", True) or not hasattr(socket, "getsockopt"):
-        return socket.recv_pyobj if stock is None else partial(stock, socket)
-    return lambda flags: _Unpickler(io.BytesIO(socket.recv(flags))).load()
-
-
 def pointers(release: Release, inputs: Any) -> list[Pointer]:
     """All in inputs, raw or made; in what is none of SGLang's there are none."""
     with suppress(AttributeError, KeyError, TypeError):
@@ -157,13 +145,6 @@ def restore(release: Release, raw: Any) -> None:
     """Put SGLang's own pointers into raw inputs that go on as they came."""
     if pointers(release, raw):
         _replace_all(release, raw, lambda leaf: leaf.restore() if isinstance(leaf, Pointer) else leaf)
-
-
-class _Unpickler(pickle.Unpickler):
-    """As `pickle.loads`, which SGLang uses, with one class for another."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return Pointer if (module, name) == (MODULE, NAME) else super().find_class(module, name)
 
 
 def _found(value: Any) -> Iterator[Pointer]:
