@@ -25,6 +25,11 @@ class Item:
     feature: Any
     precomputed_embeddings: Any = None
     model_specific_data: dict[str, Any] = field(default_factory=dict)
+    hash: int | None = None
+    pad_value: int | None = None
+
+    def is_valid(self) -> bool:
+        return self.feature is not None
 
 
 @dataclass
@@ -73,6 +78,11 @@ def raw(value: float = 1.0, **more: Any) -> dict[str, Any]:
     return {"mm_items": [Item(torch.full((64, 1024), value))], **more}
 
 
+def hashed(value: float = 1.0) -> dict[str, Any]:
+    """As a tokenizer sends them with SGLANG_MM_PRECOMPUTE_HASH=1."""
+    return {"mm_items": [Item(torch.full((64, 1024), value), hash=7, pad_value=8)]}
+
+
 def release(*, errors: bool = True) -> Release:
     return Release(
         version="0.0.0",
@@ -93,7 +103,9 @@ def release(*, errors: bool = True) -> Release:
 class World:
     """A gate over a queue of requests, a writer with one reader, and a maker that can be made to wait."""
 
-    def __init__(self, *, errors: bool = True, workers: int = 1, max_held_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, *, errors: bool = True, workers: int = 1, max_held_bytes: int = 1 << 30, brief: float = 0.0
+    ) -> None:
         self.queue: collections.deque[Any] = collections.deque()
         self.go = threading.Event()
         self.go.set()
@@ -101,7 +113,7 @@ class World:
         self.reader = Reader(self.writer.address, 0, allow=[Failure])
         made = maker_of_all(release(errors=errors), self._make)
         self.admission = Admission(self.writer, made, workers=workers, max_held_bytes=max_held_bytes)
-        self.gate = Gate(self._receive, self.admission, release(errors=errors))
+        self.gate = Gate(self._receive, self.admission, release(errors=errors), brief)
 
     def _make(self, one: Any) -> Any:
         assert self.go.wait(50)
@@ -163,6 +175,41 @@ def test_a_request_comes_out_with_a_ticket_to_what_was_made(world: World) -> Non
     assert world.inputs(request.mm_inputs)["pixels"].eq(6).all()
     assert request.mm_inputs.raw["mm_items"][0].feature.eq(3).all(), "the raw inputs are there to fall back to"
     assert not world.gate.waiting
+
+
+@pytest.fixture
+def patient() -> Iterator[World]:
+    """A look waits for what is nearly ready as long as that takes."""
+    made = World(brief=50)
+    yield made
+    made.close()
+
+
+def test_what_is_hashed_comes_out_of_the_look_that_took_it_in(patient: World) -> None:
+    mine = collections.namedtuple("Params", "id")("mine")
+    text, a, close = patient.poll(Request("a", hashed(3.0), session_params=mine), Request("text"), CloseSession("mine"))
+    assert (text.rid, a.rid, close) == ("text", "a", CloseSession("mine"))
+    assert patient.inputs(a.mm_inputs)["pixels"].eq(6).all()
+    assert not patient.gate.waiting
+
+
+def test_what_somebody_has_to_hash_is_not_waited_for(patient: World) -> None:
+    patient.go.clear()
+    assert patient.poll(Batch([Request("a", hashed()), Request("b", raw())]), Request("c", raw())) == []
+    patient.go.set()
+    assert len(patient.poll_until(2)) == 2
+
+
+def test_what_is_hashed_is_waited_for_once_and_not_for_ever() -> None:
+    world = World(brief=1e-3)
+    try:
+        world.go.clear()
+        assert world.poll(Request("a", hashed())) == []
+        assert world.gate._nearly_ready == set()
+        world.go.set()
+        assert rids(world.poll_until(1)) == ["a"]
+    finally:
+        world.close()
 
 
 def test_text_and_control_pass_while_something_is_held(world: World) -> None:
