@@ -1,6 +1,7 @@
 """The gate before an entry rank's socket, with stand-ins for SGLang's requests: what waits, what passes, and when."""
 
 import collections
+import copy
 import pickle
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import zmq
 from shmcast import Admission, Reader, Writer
 from shmcast._wire import Handle
 from shmcast.integrations.sglang._gate import Gate, maker_of_all
+from shmcast.integrations.sglang._pointers import Pointer
 from shmcast.integrations.sglang._release import Place, Release
 from shmcast.integrations.sglang._settings import read_settings
 from shmcast.integrations.sglang._tickets import Aborted, Failure, Ticket
@@ -109,6 +111,7 @@ class World:
         self.queue: collections.deque[Any] = collections.deque()
         self.go = threading.Event()
         self.go.set()
+        self.made: list[Any] = []
         self.writer = Writer(1, capacity=16 << 20, allow=[Failure])
         self.reader = Reader(self.writer.address, 0, allow=[Failure])
         made = maker_of_all(release(errors=errors), self._make)
@@ -116,6 +119,7 @@ class World:
         self.gate = Gate(self._receive, self.admission, release(errors=errors), brief)
 
     def _make(self, one: Any) -> Any:
+        self.made.append(one)
         assert self.go.wait(50)
         return Inputs.from_dict(one)
 
@@ -300,6 +304,48 @@ def test_what_an_abort_names_that_came_elsewhere_has_its_own(world: World) -> No
     world.gate.hear(Abort(abort_all=True))
     (request,) = world.poll()
     assert request.mm_inputs.abort == Abort("else")
+    assert not world.gate.waiting
+
+
+def test_what_an_abort_leaves_of_a_batch_is_not_what_a_worker_has(world: World) -> None:
+    """It may be at it: it writes to the items, and SGLang to those that go on."""
+    world.go.clear()
+    assert world.poll(Batch([Request("a", raw()), Request("b", raw())])) == []
+    until(lambda: bool(world.made), "a worker is at it")
+    batch, _ = world.poll(Abort("a"))
+    world.go.set()
+    until(lambda: len(world.made) == 2, "it is at the second part")
+    (own,), (gone_on,) = world.made[1]["mm_items"], batch.batch[1].mm_inputs["mm_items"]
+    assert own is not gone_on
+    assert own.feature is gone_on.feature
+
+
+def test_a_pointer_to_nowhere_ends_no_look(world: World) -> None:
+    nowhere = {"mm_items": [Item(Pointer({"shm_name": "a/b", "shape": torch.Size([4]), "dtype": torch.uint8}))]}
+    other = copy.deepcopy(nowhere)
+    world.go.clear()
+    assert world.poll(Request("bad", nowhere)) == []
+    bad, abort = world.poll(Abort("bad"))
+    assert (bad.rid, bad.mm_inputs, abort) == ("bad", None, Abort("bad"))
+    assert world.poll(Request("good", raw()), Request("bad too", other)) == []
+    world.go.set()
+    assert rids(world.poll_until(2)) == ["good", "bad too"]
+
+
+def test_what_a_closed_gate_had_goes_on_as_it_came(world: World) -> None:
+    ready, held, aborted = raw(1.0), raw(2.0), raw(3.0)
+    assert world.poll(Request("ready", ready)) == []
+    until(lambda: world.admission.stats().messages == 1, "it is published")
+    world.go.clear()
+    world.gate._take_in(Request("aborted", aborted))
+    world.gate._take_in(Request("held", held))
+    world.gate._let_out()
+    world.gate.hear(Abort("aborted"))
+    world.go.set()
+    world.gate.close()
+    after = raw(4.0)
+    out = world.poll(Request("after", after))
+    assert [getattr(request, "mm_inputs", request) for request in out] == [ready, None, held, Abort("aborted"), after]
     assert not world.gate.waiting
 
 

@@ -8,6 +8,7 @@ from multiprocessing.shared_memory import SharedMemory
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from shmcast import Reader, Writer
 from shmcast._wire import Handle
 from shmcast.errors import LayoutError
 from shmcast.integrations.sglang._joining import ALLOW
-from shmcast.integrations.sglang._pointers import Pointer, make_of, map_all, pointers
+from shmcast.integrations.sglang._pointers import Pointer, copied, held_bytes, make_of, map_all, pointers
 from tests.support.leaks import names_of_others
 
 
@@ -24,6 +25,7 @@ class Item:
     feature: Any
     precomputed_embeddings: Any = None
     hash: int | None = None
+    model_specific_data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -133,9 +135,41 @@ def test_a_link_is_not_followed(segments: Segments) -> None:
 @pytest.mark.parametrize("name", ["", "..", "../tmp/x", "/a/b", "a\0b"])
 def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
     pointer = Pointer({"shm_name": name, "shape": torch.Size([4]), "dtype": torch.uint8})
-    for use in (pointer.map, pointer.discard):
-        with pytest.raises(LayoutError, match="segment of the name"):
-            use()
+    with pytest.raises(LayoutError, match="segment of the name"):
+        pointer.map()
+    pointer.discard()
+
+
+@pytest.mark.parametrize(
+    ("shape", "error"),
+    [
+        ([1 << 62], OSError),  # in four bytes each more than an integer of 64 bits holds
+        ([1 << 40, 1 << 40], OSError),
+        ([-2, -3], LayoutError),
+    ],
+)
+def test_a_shape_that_is_none_is_refused(segments: Segments, shape: list[int], error: type[Exception]) -> None:
+    pointer = segments.pointer(pixels(1).float())
+    pointer.state["shape"] = torch.Size(shape)
+    with pytest.raises(error, match=pointer.path):
+        pointer.map()
+    pointer.discard()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(segments: Segments) -> None:
+    pointer = segments.pointer(pixels(1))
+    os.unlink(pointer.path)
+    os.mkfifo(pointer.path)
+    with pytest.raises(LayoutError, match="no regular file"):
+        pointer.map()
+    pointer.discard()
+
+
+def test_what_is_held_counts_where_it_is_and_where_it_is_pointed_to(segments: Segments) -> None:
+    pointer = segments.pointer(pixels(1))
+    item = Item(pointer, [np.ones(100), pointer], model_specific_data={"grid": torch.ones(3, dtype=torch.int16)})
+    assert held_bytes(RELEASE, {"mm_items": [item, Item("text")]}) == 2 * 64 * 40 * 2 + 800 + 6
+    pointer.discard()
 
 
 def test_inputs_are_made_of_maps_and_travel_as_pointers(segments: Segments) -> None:
@@ -150,7 +184,7 @@ def test_inputs_are_made_of_maps_and_travel_as_pointers(segments: Segments) -> N
         assert not pointers(RELEASE, given)
         return Inputs(given["mm_items"], {"hashes": [int(item.feature[0].sum()) for item in given["mm_items"]]})
 
-    made = make_of(RELEASE, look_and_make, raw)
+    made = make_of(RELEASE, look_and_make, copied(RELEASE, raw))
     assert made.extra["hashes"] == [40, 2 * 64 * 40, 1]
     assert [item.feature for item in items] == [whole, [listed, listed], inline], "the raw inputs are as they came"
     assert made.mm_items[0].feature is whole

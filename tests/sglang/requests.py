@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import torch
 
-from tests.sglang.engine import FROM_DICT, io_struct, mm_utils, schedule_batch
+from tests.sglang.engine import FROM_DICT, VERSION, io_struct, mm_utils, schedule_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,8 +145,15 @@ def generate(rid: str, raw: Any, **more: Any) -> Any:
 
 
 def pointed(request: Any) -> Any:
-    """A copy with its tensors in segments of their own, if the release's tokenizer does that."""
-    if request.mm_inputs is None or not hasattr(mm_utils, "wrap_shm_features"):
+    """A copy with its tensors in segments of their own, if the release's tokenizer does that.
+
+    No tokenizer does so with a batch; from 0.5.12 on SGLang's receiving reads it.
+    """
+    if hasattr(request, "batch") and VERSION >= (0, 5, 12):
+        request = copy.copy(request)
+        request.batch = [pointed(part) for part in request.batch]
+        return request
+    if getattr(request, "mm_inputs", None) is None or not hasattr(mm_utils, "wrap_shm_features"):
         return request
     request = copy.copy(request)
     raw = request.mm_inputs = copy.copy(request.mm_inputs)

@@ -35,7 +35,7 @@ class Serving:
         """As the tokenizer would; only rank 0 does."""
         if self._senders:
             for request in requests:
-                self._senders[replica].send_pyobj(pointed(request) if hasattr(request, "mm_inputs") else request)
+                self._senders[replica].send_pyobj(pointed(request))
 
     def tick(self) -> list[Any]:
         """One receive: every rank of the world calls it."""

@@ -1,13 +1,17 @@
 """The tokenizer's segments, one a tensor: each rank maps them where they are, and their names go when all have."""
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from shmcast.integrations.sglang import _link
+from shmcast.integrations.sglang._pointers import map_all
 from tests.sglang.engine import REQUEST_ERRORS, mm_utils
 from tests.sglang.requests import KINDS, abort, batch, generate, malformed, pointed, raw_of, same
 from tests.sglang.serving import Serving, Slow, serve_staged, serving, stock_inputs
@@ -115,12 +119,104 @@ def bad(rank: int, address: str) -> None:
         same(serve.inputs["good"], stock_inputs(raw_of(KINDS["video"]())))
 
 
-WAYS = [in_a_batch, aborted_unread, unheld, unopened, staged, bad]
+def fails_at(bad: int) -> Callable[[Any, Any], Any]:
+    """Maps what inputs point to, but for the one time."""
+    times = itertools.count(1)
+
+    def fail(release: Any, inputs: Any) -> Any:
+        if next(times) == bad:
+            raise OSError("cannot be mapped")
+        return map_all(release, inputs)
+
+    return fail
+
+
+def unmapped(rank: int, address: str, who: int, bad: int, request: Any, **options: Any) -> None:
+    """One rank fails to map once; of a batch all parts go raw, for they are one message."""
+    kinds = [part.rid for part in getattr(request, "batch", [request])]
+    with pytest.MonkeyPatch.context() as patch, serving(address, **options) as serve:
+        if rank == who:
+            patch.setattr(_link, "map_all", fails_at(bad))
+        serve.send(request)
+        serve_staged(serve, len(kinds)) if options else serve.serve(len(kinds))
+        for kind in kinds:
+            same(serve.inputs[kind], stock_inputs(raw_of(KINDS[kind]())))
+
+
+def unmapped_in_part(rank: int, address: str) -> None:
+    unmapped(rank, address, 1, 2, batch([generate(kind, raw_of(KINDS[kind]())) for kind in ("video", "all")]))
+
+
+def unmapped_by_entry(rank: int, address: str) -> None:
+    unmapped(rank, address, 0, 1, generate("all", raw_of(KINDS["all"]())))
+
+
+def unmapped_staged(rank: int, address: str) -> None:
+    unmapped(rank, address, 1, 1, generate("all", raw_of(KINDS["all"]())), pp=2)
+
+
+def cut(rank: int, address: str) -> None:
+    """The maker keeps no tensor as it is, and then one rank cannot open: what was cut is there to be sent."""
+    make = Cutting()
+    with make, serving(address) as serve:
+        serve.send(generate("opened", raw_of(KINDS["video"]())))
+        serve.serve(1)
+        if rank == 1:
+            serve.link._ends.reader.open = lambda handle: 1 / 0
+        serve.send(generate("unopened", raw_of(KINDS["video"]())))
+        serve.serve(2)
+        for rid in ("opened", "unopened"):
+            same(serve.inputs[rid], make(raw_of(KINDS["video"]())))
+
+
+class Cutting(Slow):
+    """Gives other tensors than it takes, as one that splits items does."""
+
+    def __call__(self, raw: Any, **options: Any) -> Any:
+        made = self.stock(raw, **options)
+        for item in made.mm_items:
+            item.feature = item.feature[:7] + 1
+        return made
+
+
+def closed(rank: int, address: str) -> None:
+    """What is held while the links close goes on as in stock."""
+    with Slow() as slow, serving(address, settings={"workers": 1}) as serve:
+        sent = ("video", "all")
+        serve.send(*(generate(kind, raw_of(KINDS[kind]())) for kind in sent))
+        held = torch.zeros(1, dtype=torch.int32)
+        while not held.item():
+            serve.tick()
+            held[0] = rank != 0 or len(serve.gate()._held) == len(sent)
+            dist.all_reduce(held, dist.ReduceOp.MIN)
+        slow.go.set()
+        serve.link.close()
+        serve.send(generate("embeddings", raw_of(KINDS["embeddings"]())))
+        serve.serve(3)
+        for kind in (*sent, "embeddings"):
+            same(serve.inputs[kind], slow.stock(raw_of(KINDS[kind]())))
+
+
+WAYS = [
+    in_a_batch,
+    aborted_unread,
+    unheld,
+    unopened,
+    staged,
+    bad,
+    unmapped_in_part,
+    unmapped_by_entry,
+    unmapped_staged,
+    cut,
+    closed,
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_no_segment_of_the_tokenizer_stays(engines: Ranks, tmp_path: Path, way: Callable[[int, str], None]) -> None:
-    engines.run(4 if way is staged else 2, way, at(tmp_path))  # the look for what is left is every test's
+    engines.run(
+        4 if way in (staged, unmapped_staged) else 2, way, at(tmp_path)
+    )  # the look for what is left is every test's
 
 
 def gone(rank: int, address: str) -> str:

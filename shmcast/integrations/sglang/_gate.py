@@ -19,7 +19,7 @@ import zmq
 
 from shmcast._sent import describe
 from shmcast._wire import Handle
-from shmcast.integrations.sglang._pointers import pointers, restore
+from shmcast.integrations.sglang._pointers import copied, held_bytes, pointers, restore
 from shmcast.integrations.sglang._tickets import Aborted, Failure, RawTicket, Ticket, carried
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Gate:
         self._brief = brief
         self._nearly_ready: set[int] = set()
         self._complained = False
+        self._closed = False
 
     @property
     def waiting(self) -> bool:
@@ -79,13 +80,31 @@ class Gate:
                 self._let_out_nearly_ready()
                 if not self._out:
                     raise
-        return self._out.popleft()
+        return self._as_it_goes(self._out.popleft())
+
+    def close(self) -> None:
+        """Hold no more: what is held or out goes on as it came, for no rank opens tickets from now on."""
+        self._closed = True
+        for key in list(self._held):
+            self._admission.abort(key)
+            self._out.append(self._forget(key))
+        for request in list(self._out):
+            for part in self._release.parts(request):
+                raw = self._release.raw_of(part)
+                if isinstance(raw, Aborted):
+                    self._release.set_raw(part, None)
+                    self._out.append(raw.abort)
+                elif isinstance(raw, Ticket) and not isinstance(raw, RawTicket):
+                    self._release.set_raw(part, raw.raw)
 
     def hear(self, abort: Any) -> None:
         """An abort that all ranks of the world have by now: what it names comes out with an abort of its own."""
         self._let_out_aborted(abort, follows=False)
 
     def _take_in(self, request: Any) -> None:
+        if self._closed:
+            self._out.append(request)
+            return
         if isinstance(request, self._release.abort):
             self._let_out_aborted(request, follows=True)
         session = self._session_of(request)
@@ -98,13 +117,15 @@ class Gate:
             if not self._complained:
                 self._complained = True
                 log.warning("requests like this are not held, they go on as they came: %s", describe(error))
-        self._pass(request)
+        self._out.append(request)
 
     def _hold(self, request: Any, raws: list[Any] | None, session: Hashable) -> None:
         key = next(self._keys)
-        pointed = [pointer.nbytes for raw in raws or () if raw is not None for pointer in pointers(self._release, raw)]
+        # Copies: a worker writes to the items, and an abort may let the request go on meanwhile.
+        own = [copied(self._release, raw) if self._is_raw(raw) else raw for raw in raws or ()]
+        nbytes = sum(held_bytes(self._release, raw) for raw in own if self._is_raw(raw))
         hashed = raws is not None and all(raw is None or self._is_hashed(raw) for raw in raws)
-        self._admission.hold(key, raws, session=session, nbytes=sum(pointed) if pointed else None)
+        self._admission.hold(key, own if raws else None, session=session, nbytes=nbytes)
         self._held[key] = _Held(request, session)
         if hashed:
             self._nearly_ready.add(key)
@@ -123,6 +144,10 @@ class Gate:
         if all(raw is None or (isinstance(raw, RawTicket) and raw.known) for raw in raws):
             return None
         return raws if all(raw is None or self._release.can_hold(raw) for raw in raws) else None
+
+    @staticmethod
+    def _is_raw(raw: Any) -> bool:
+        return raw is not None and not isinstance(raw, RawTicket)
 
     def _is_hashed(self, raw: Any) -> bool:
         return raw.known if isinstance(raw, RawTicket) else self._release.is_hashed(raw)
@@ -149,15 +174,15 @@ class Gate:
         for key, outcome in self._admission.ready(timeout):
             request = self._forget(key)
             self._hand(request, outcome)
-            self._pass(request)
+            self._out.append(request)
 
-    def _pass(self, request: Any) -> None:
-        """Let a request on. What of it nobody read is SGLang's to attach."""
+    def _as_it_goes(self, request: Any) -> Any:
+        """A request for the scheduler. What of it nobody read is SGLang's to attach."""
         for part in self._release.parts(request):
             raw = self._release.raw_of(part)
             if raw is not None and not isinstance(raw, Ticket):
                 restore(self._release, raw)
-        self._out.append(request)
+        return request
 
     def _let_out_aborted(self, abort: Any, *, follows: bool) -> None:
         """What an abort names goes on without inputs: the scheduler ends it as it ends any that waits.
@@ -174,7 +199,7 @@ class Gate:
                 if not follows:
                     own = self._release.abort_of(abort, part)
                     self._release.set_raw(part, Aborted(own, self._release.raw_of(part)))
-            self._pass(self._forget(key))
+            self._out.append(self._forget(key))
 
     def _drop(self, part: Any) -> None:
         """Let a part go on without inputs. The tokenizer's leases come back on each rank: their ticket stays."""
@@ -200,11 +225,10 @@ class Gate:
             return
         for number, part in enumerate(self._release.parts(request)):
             raw = self._release.raw_of(part)
-            if raw is not None and not isinstance(raw, RawTicket):
-                for pointer in pointers(self._release, raw):
-                    if not pointer.travels:
-                        pointer.discard()
-                self._release.set_raw(part, Ticket(bytes(outcome), number, raw))
+            if self._is_raw(raw):
+                ticket = Ticket(bytes(outcome), number, raw)
+                ticket.cut = [pointer for pointer in pointers(self._release, raw) if not pointer.travels]
+                self._release.set_raw(part, ticket)
 
     def _session_of(self, request: Any) -> Hashable:
         """The session whose order a request keeps; None: it has none."""

@@ -88,13 +88,23 @@ class Link:
         return {name: end.stats() for name, end in ends.items() if end is not None}
 
     def close(self) -> None:
-        """Give the scheduler its own methods and socket back. Tensors that it holds stay valid."""
+        """Give the scheduler its own methods and socket back. Tensors that it holds stay valid.
+
+        Requests that are held or on their way out go on as they came: the gate stays for them, and holds no more.
+        """
+        if self._gate is not None:
+            self._gate.close()
         for name, value in self._hidden.items():
             if value is _ABSENT:
                 vars(self._scheduler).pop(name, None)
             else:
                 setattr(self._scheduler, name, value)
         self._hidden = {}
+        if self._gate is not None and self._gate.waiting:
+            self._scheduler.recv_from_tokenizer = self._gate
+            if hasattr(self._scheduler, "request_receiver"):
+                receiver = self._scheduler.request_receiver
+                self._scheduler.request_receiver = replace(receiver, recv_from_tokenizer=self._gate)
         if self._flag is not None:
             self._flag.close()
         if self._shared is not None:
@@ -127,7 +137,8 @@ class Link:
         for ticket in found:
             if ticket.inputs is not None:
                 ticket.raw = None
-            for pointer in ticket.pointers if self._ends.ends_names else ():
+            # What is cut nobody else knows of; the rest the last to map takes away.
+            for pointer in (*ticket.cut, *(ticket.pointers if self._ends.ends_names else ())):
                 pointer.discard()
         return requests
 

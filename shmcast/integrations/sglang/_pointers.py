@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import importlib
-import operator
+import math
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -23,16 +24,15 @@ import torch
 
 from shmcast._room import SHM
 from shmcast.errors import LayoutError
+from shmcast.integrations.sglang._leaves import FEATURES, FIELDS, leaves, nbytes_of, replace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from shmcast.integrations.sglang._release import Release
 
 MODULE = "sglang.srt.managers.mm_utils"
 NAME = "ShmPointerMMData"
-FIELDS = ("feature", "precomputed_embeddings")
-"""Where the tokenizer puts pointers: in the place of a tensor, or of each in a list."""
 
 
 @dataclass(eq=False)
@@ -45,13 +45,20 @@ class Pointer:
     state: dict[str, Any]
     travels: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.state = state
         self.travels = False
 
     @property
     def nbytes(self) -> int:
-        return int(self.state["shape"].numel() * self.state["dtype"].itemsize)
+        return self._numel * int(self.state["dtype"].itemsize)
+
+    @property
+    def _numel(self) -> int:
+        return math.prod(self.state["shape"])  # `torch.Size.numel` wraps around
 
     @property
     def path(self) -> str:
@@ -66,28 +73,38 @@ class Pointer:
 
         Raises:
             OSError: there is no such segment, or it is too short.
-            LayoutError: its name is none of a segment.
+            LayoutError: its name or its shape is none of a segment.
         """
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        path, shape = self.path, self.state["shape"]
+        if any(size < 0 for size in shape):
+            raise LayoutError(f"a pointer to {path} of the shape {tuple(shape)}")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):  # to open a pipe again, as torch does, would wait for its other end
+                raise LayoutError(f"{path} is no regular file")
+            if self.nbytes > found.st_size:
+                raise OSError(f"{path}, {found.st_size} bytes, is no tensor of {self.nbytes}")
             # Not `mmap`, which would keep a descriptor a tensor.
-            size = self.state["shape"].numel()
-            tensor = torch.from_file(f"/proc/self/fd/{fd}", shared=False, size=size, dtype=self.state["dtype"])
+            tensor = torch.from_file(f"/proc/self/fd/{fd}", shared=False, size=self._numel, dtype=self.state["dtype"])
         except RuntimeError as error:
-            found = os.fstat(fd).st_size
-            raise OSError(f"{self.path}, {found} bytes, is no tensor of {self.nbytes}: {error}") from error
+            raise OSError(f"{path} cannot be mapped: {error}") from error
         finally:
             os.close(fd)
-        return tensor.view(self.state["shape"])
+        return tensor.view(shape)
 
     def discard(self) -> None:
-        """Take the segment's name away, as the class that made it would: also from the tracker of processes."""
-        name = f"/{os.path.basename(self.path)}"
-        with suppress(OSError):
-            os.unlink(self.path)
-        # A tracker that is not the maker's does not know the name yet.
-        resource_tracker.register(name, "shared_memory")
-        resource_tracker.unregister(name, "shared_memory")
+        """Take the segment's name away, as the class that made it would: also from the tracker of processes.
+
+        Nothing where there is none, or where the name is none of a segment.
+        """
+        with suppress(LayoutError):
+            name = f"/{os.path.basename(self.path)}"
+            with suppress(OSError):
+                os.unlink(self.path)
+            # A tracker that is not the maker's does not know the name yet.
+            resource_tracker.register(name, "shared_memory")
+            resource_tracker.unregister(name, "shared_memory")
 
     def restore(self) -> Any:
         """What SGLang would have unpickled."""
@@ -100,14 +117,26 @@ class Pointer:
 def pointers(release: Release, inputs: Any) -> list[Pointer]:
     """All in inputs, raw or made; in what is none of SGLang's there are none."""
     with suppress(AttributeError, KeyError, TypeError):
-        return [value for item in release.items(inputs) for name in FIELDS for value in _found(getattr(item, name))]
+        found = (leaf for item in release.items(inputs) for name in FEATURES for leaf in leaves(getattr(item, name)))
+        return [leaf for leaf in found if isinstance(leaf, Pointer)]
     return []
 
 
-def make_of(release: Release, make: Callable[[Any], Any], raw: Any) -> Any:
-    """What `make` gives for raw inputs with all pointers mapped; with the pointers again, where it kept the tensors.
+def held_bytes(release: Release, raw: Any) -> int:
+    """Of the tensors and arrays of all items, here or in segments."""
+    found = (leaf for item in release.items(raw) for name in FIELDS for leaf in leaves(getattr(item, name)))
+    return sum(leaf.nbytes if isinstance(leaf, Pointer) else nbytes_of(leaf) for leaf in found)
 
-    Raises what `make` does, and `OSError` where a segment cannot be mapped.
+
+def copied(release: Release, raw: Any) -> Any:
+    """The same raw inputs in items of their own."""
+    return release.with_items(raw, [copy.copy(item) for item in release.items(raw)])
+
+
+def make_of(release: Release, make: Callable[[Any], Any], raw: Any) -> Any:
+    """What `make` gives for raw inputs, whose pointers are mapped in place: again where it kept these tensors.
+
+    Raises what `make` does, and `OSError` or `LayoutError` where a segment cannot be mapped.
     """
     if not pointers(release, raw):
         return make(raw)
@@ -127,14 +156,14 @@ def make_of(release: Release, make: Callable[[Any], Any], raw: Any) -> Any:
         found[1].travels = True
         return found[1]
 
-    made = make(release.with_items(raw, [_replace(copy.copy(item), map_one) for item in release.items(raw)]))
-    for item in release.items(made):
-        _replace(item, point)
+    _replace_all(release, raw, map_one)
+    made = make(raw)
+    _replace_all(release, made, point)
     return made
 
 
 def map_all(release: Release, inputs: Any) -> list[Pointer]:
-    """Map what inputs point to, raw or made, in its place; returns what stood there. `OSError`: one cannot be."""
+    """Map what inputs point to, raw or made, in its place; returns what stood there. Raises as `Pointer.map`."""
     found = pointers(release, inputs)
     if found:
         _replace_all(release, inputs, lambda leaf: leaf.map() if isinstance(leaf, Pointer) else leaf)
@@ -147,30 +176,6 @@ def restore(release: Release, raw: Any) -> None:
         _replace_all(release, raw, lambda leaf: leaf.restore() if isinstance(leaf, Pointer) else leaf)
 
 
-def _found(value: Any) -> Iterator[Pointer]:
-    if isinstance(value, Pointer):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _found(each)
-
-
 def _replace_all(release: Release, inputs: Any, new: Callable[[Any], Any]) -> None:
     for item in release.items(inputs):
-        _replace(item, new)
-
-
-def _replace(item: Any, new: Callable[[Any], Any]) -> Any:
-    for name in FIELDS:
-        before = getattr(item, name)
-        after = _replaced(before, new)
-        if after is not before:
-            setattr(item, name, after)
-    return item
-
-
-def _replaced(value: Any, new: Callable[[Any], Any]) -> Any:
-    if not isinstance(value, (list, tuple)):
-        return new(value)
-    after = [_replaced(each, new) for each in value]
-    return value if all(map(operator.is_, after, value)) else type(value)(after)
+        replace(item, new, FEATURES)

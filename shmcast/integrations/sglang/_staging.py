@@ -15,8 +15,11 @@ import numpy as np
 import torch
 
 from shmcast._codec import Piece
+from shmcast.integrations.sglang._leaves import FIELDS, leaves, nbytes_of, replace
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from shmcast.integrations.sglang._release import Release
     from shmcast.transport import Writer
 
@@ -49,10 +52,10 @@ class Staging:
             ArenaFull: there is no room for them.
         """
         items = self._release.items(raw)
-        large = {id(leaf): leaf for item in items for leaf in _leaves(_fields(item)) if self._is_new(leaf)}
+        large = {id(leaf): leaf for item in items for leaf in _leaves(item) if self._is_new(leaf)}
         if large:
             self._copy(list(large.values()))
-        return self._release.with_items(raw, [self._rebuilt(item) for item in items])
+        return self._release.with_items(raw, [replace(copy.copy(item), self._staged_or_own) for item in items])
 
     def clear(self) -> bool:
         """Forget all; whether there was anything."""
@@ -61,7 +64,7 @@ class Staging:
         return held
 
     def _is_new(self, leaf: Any) -> bool:
-        return _nbytes(leaf) >= STAGED_FROM and self._found(leaf) is None
+        return nbytes_of(leaf) >= STAGED_FROM and self._found(leaf) is None
 
     def _found(self, leaf: Any) -> Any:
         staged = self._staged.get(id(leaf))
@@ -73,10 +76,10 @@ class Staging:
         """Into one block."""
         starts = [0]
         for leaf in leaves:
-            starts.append(starts[-1] + -(-_nbytes(leaf) // LINE) * LINE)
+            starts.append(starts[-1] + -(-nbytes_of(leaf) // LINE) * LINE)
         memory = self._writer.empty((starts[-1],), torch.uint8)
         for leaf, start in zip(leaves, starts, strict=False):
-            place = memory[start : start + _nbytes(leaf)]
+            place = memory[start : start + nbytes_of(leaf)]
             if isinstance(leaf, np.ndarray):
                 staged: Any = place.numpy().view(leaf.dtype).reshape(leaf.shape)
                 np.copyto(staged, leaf)
@@ -92,40 +95,13 @@ class Staging:
             if self._staged[number].origin is origin:
                 del self._staged[number]
 
-    def _rebuilt(self, item: Any) -> Any:
-        new = copy.copy(item)
-        for name, value in _fields(item).items():
-            setattr(new, name, self._replaced(value))
-        return new
-
-    def _replaced(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._replaced(each) for key, each in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)([self._replaced(each) for each in value])
-        staged = self._found(value) if _nbytes(value) >= STAGED_FROM else None
-        return value if staged is None else staged
+    def _staged_or_own(self, leaf: Any) -> Any:
+        staged = self._found(leaf) if nbytes_of(leaf) >= STAGED_FROM else None
+        return leaf if staged is None else staged
 
 
-def _fields(item: Any) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in ("feature", "precomputed_embeddings", "model_specific_data")}
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for each in value.values() for leaf in _leaves(each)]
-    if isinstance(value, (list, tuple)):
-        return [leaf for each in value for leaf in _leaves(each)]
-    return [value]
-
-
-def _nbytes(value: Any) -> int:
-    """Of what can be staged; else 0."""
-    if type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
-        return value.numel() * value.element_size()
-    if type(value) is np.ndarray and not value.dtype.hasobject:
-        return value.nbytes
-    return 0
+def _leaves(item: Any) -> Iterator[Any]:
+    return (leaf for name in FIELDS for leaf in leaves(getattr(item, name)))
 
 
 def _version(leaf: Any) -> int:

@@ -24,10 +24,10 @@ class Ticket:
 
     Travels in SGLang's own broadcast, and to the next pipeline stage, as the handle alone. What the handle opens to is
     kept beside it: on the rank that opened it, until the request is handled. `pointers`: what of that lies in segments
-    of the tokenizer's.
+    of the tokenizer's. `cut`: on the entry rank, the segments of its raw inputs that are not in the message.
     """
 
-    __slots__ = ("handle", "inputs", "number", "pointers", "raw")
+    __slots__ = ("cut", "handle", "inputs", "number", "pointers", "raw")
 
     def __init__(self, handle: bytes, number: int, raw: Any = None) -> None:
         self.handle = handle
@@ -35,6 +35,7 @@ class Ticket:
         self.raw = raw
         self.inputs: Any = None
         self.pointers: list[Any] = []
+        self.cut: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Ticket, (self.handle, self.number)
