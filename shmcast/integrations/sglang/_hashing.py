@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from shmcast.integrations.sglang._leaves import FEATURES, leaves, nbytes_of
 from shmcast.integrations.sglang._settings import hashes_in_gpu_buffer, is_on
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Hashing:
     def __call__(self, raw: Any) -> Any:
         items = [item for item in self._release.items(raw) if item.hash is None and item.is_valid()]
         if len(items) > 1 and self._release.can_hold(raw):
+            items.sort(key=_nbytes, reverse=True)  # a long one that comes last would leave the other threads idle
             for done in [self._pool.submit(item.set_pad_value) for item in items]:
                 with suppress(Exception):  # the maker raises it again
                     done.result()
@@ -45,6 +47,10 @@ class Hashing:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def _nbytes(item: Any) -> int:
+    return sum(nbytes_of(leaf) for name in FEATURES for leaf in leaves(getattr(item, name)))
 
 
 def splits_or_moves() -> bool:
