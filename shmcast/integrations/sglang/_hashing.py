@@ -5,11 +5,10 @@ SGLang does the same in its tokenizer (`SGLANG_MM_PRECOMPUTE_HASH`): an item tha
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from shmcast import _threads
 from shmcast.integrations.sglang._leaves import FEATURES, leaves, nbytes_of
 from shmcast.integrations.sglang._settings import hashes_in_gpu_buffer, is_on
 
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shmcast.integrations.sglang._release import Release
-
-MAX_THREADS: Final = 4
 
 
 class Hashing:
@@ -32,18 +29,21 @@ class Hashing:
     def __init__(self, release: Release, make: Callable[[Any], Any]) -> None:
         self._release = release
         self._make = make
-        # They start with the first request that needs them.
-        threads = min(MAX_THREADS, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shmcast-hashing")
+        self._pool = _threads.few("shmcast-hashing")
 
     def __call__(self, raw: Any) -> Any:
         items = [item for item in self._release.items(raw) if item.hash is None and item.is_valid()]
         if len(items) > 1 and self._release.can_hold(raw):
-            items.sort(key=_nbytes, reverse=True)  # a long one that comes last would leave the other threads idle
-            for done in [self._pool.submit(item.set_pad_value) for item in items]:
-                with suppress(Exception):  # the maker raises it again
-                    done.result()
+            self._hash(items)
         return self._make(raw)
+
+    def _hash(self, items: list[Any]) -> None:
+        """What of them can be; the maker does the rest, and raises what they raise."""
+        items.sort(key=_nbytes, reverse=True)  # a long one that comes last would leave the other threads idle
+        with suppress(RuntimeError):  # there is no thread to be had
+            for done in [self._pool.submit(item.set_pad_value) for item in items]:
+                with suppress(Exception):
+                    done.result()
 
     def close(self) -> None:
         self._pool.shutdown()

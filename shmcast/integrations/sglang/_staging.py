@@ -14,7 +14,7 @@ from weakref import ref
 import numpy as np
 import torch
 
-from shmcast._codec import Piece
+from shmcast import _threads
 from shmcast.integrations.sglang._leaves import FIELDS, leaves, nbytes_of, replace
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ STAGED_FROM: Final = 64 << 10
 
 LINE: Final = 64
 
+SHARE: Final = 4 << 20
+"""Bytes that one thread copies at once."""
+
 
 class _Staged(NamedTuple):
     """A copy in the writer's memory, what it was copied from, and that one's version then."""
@@ -38,12 +41,13 @@ class _Staged(NamedTuple):
 
 
 class Staging:
-    """What is staged stays so until its origin is gone, or `clear`. For one thread."""
+    """What is staged stays so until its origin is gone, or `clear`. For one thread, until `close`."""
 
     def __init__(self, writer: Writer, release: Release) -> None:
         self._writer = writer
         self._release = release
         self._staged: dict[int, _Staged] = {}
+        self._pool = _threads.few("shmcast-staging")
 
     def stage(self, raw: Any) -> Any:
         """The same raw inputs, in new objects, with the large tensors of their items in the writer's memory.
@@ -63,6 +67,11 @@ class Staging:
         self._staged.clear()
         return held
 
+    def close(self) -> None:
+        """Forget all, and stage nothing more."""
+        self._staged.clear()
+        self._pool.shutdown()
+
     def _is_new(self, leaf: Any) -> bool:
         return nbytes_of(leaf) >= STAGED_FROM and self._found(leaf) is None
 
@@ -78,16 +87,27 @@ class Staging:
         for leaf in leaves:
             starts.append(starts[-1] + -(-nbytes_of(leaf) // LINE) * LINE)
         memory = self._writer.empty((starts[-1],), torch.uint8)
-        for leaf, start in zip(leaves, starts, strict=False):
-            place = memory[start : start + nbytes_of(leaf)]
-            if isinstance(leaf, np.ndarray):
-                staged: Any = place.numpy().view(leaf.dtype).reshape(leaf.shape)
-                np.copyto(staged, leaf)
-            else:
-                Piece(leaf.contiguous().view(-1).view(torch.uint8), 0).copy_to(place.numpy())
-                staged = place.view(leaf.dtype).view(leaf.shape)
+        places = [memory[start : start + nbytes_of(leaf)] for leaf, start in zip(leaves, starts, strict=False)]
+        self._copy_all([place.numpy() for place in places], [_bytes_of(leaf) for leaf in leaves])
+        for leaf, place in zip(leaves, places, strict=True):
+            staged = (
+                place.numpy().view(leaf.dtype).reshape(leaf.shape)
+                if isinstance(leaf, np.ndarray)
+                else place.view(leaf.dtype).view(leaf.shape)
+            )
             number = id(leaf)
             self._staged[number] = _Staged(ref(leaf, partial(self._forget, number)), _version(leaf), staged)
+
+    def _copy_all(self, places: list[Any], sources: list[Any]) -> None:
+        """In shares, side by side: one thread copies far slower than memory does, and meanwhile serves nobody."""
+        shares = [
+            (place[at : at + SHARE], source[at : at + SHARE])
+            for place, source in zip(places, sources, strict=True)
+            for at in range(0, len(place), SHARE)
+        ]
+        # Each holds both its ends: after Ctrl-C here, what a thread still writes to is not yet free.
+        for done in [self._pool.submit(np.copyto, *share) for share in shares]:
+            done.result()
 
     def _forget(self, number: int, origin: ref[Any]) -> None:
         """Runs in finalizers; by now another object may have the number."""
@@ -102,6 +122,13 @@ class Staging:
 
 def _leaves(item: Any) -> Iterator[Any]:
     return (leaf for name in FIELDS for leaf in leaves(getattr(item, name)))
+
+
+def _bytes_of(leaf: Any) -> Any:
+    """An array of its bytes in order; a copy where they are not so in memory."""
+    if isinstance(leaf, np.ndarray):
+        return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    return leaf.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _version(leaf: Any) -> int:

@@ -122,7 +122,7 @@ class TokenizerWriter:
 
     def close(self) -> None:
         """Requests go as in stock from now on."""
-        self._staging.clear()
+        self._staging.close()
         self.writer.close()
 
     def _lend(self, request: Any, lent: list[_Lent]) -> None:
