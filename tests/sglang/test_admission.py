@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from shmcast.integrations.sglang import _joining
 from shmcast.integrations.sglang._install import link
 from shmcast.integrations.sglang._release import find_release
 from shmcast.integrations.sglang._settings import read_settings
@@ -583,12 +584,22 @@ def test_a_malformed_request_leaves_nothing_in_a_later_stage(engines: Ranks, tmp
 # Joining.
 
 
+class NoGroups:
+    """torch.distributed without one function."""
+
+    def __getattr__(self, name: str) -> Any:
+        assert name != "new_group", "a rank would still connect when another one takes it down again"
+        return getattr(dist, name)
+
+
 def differing(rank: int, address: str) -> bool:
-    with serving(address, settings={"workers": 1 + rank}) as serve:
-        serve.send(generate("pixels", raw_of(KINDS["video"]())))
-        serve.serve(1)
-        same(serve.inputs["pixels"], stock_inputs(raw_of(KINDS["video"]())))
-        return serve.link.admits is True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_joining, "dist", NoGroups())
+        with serving(address, settings={"workers": 1 + rank}) as serve:
+            serve.send(generate("pixels", raw_of(KINDS["video"]())))
+            serve.serve(1)
+            same(serve.inputs["pixels"], stock_inputs(raw_of(KINDS["video"]())))
+            return serve.link.admits is True
 
 
 def test_ranks_with_other_settings_go_on_as_in_stock(engines: Ranks, tmp_path: Path) -> None:
@@ -596,12 +607,11 @@ def test_ranks_with_other_settings_go_on_as_in_stock(engines: Ranks, tmp_path: P
 
 
 def cannot_attach(rank: int, address: str) -> bool:
-    from shmcast.integrations.sglang import _joining
-
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise OSError(13, "no such thing here")
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_joining, "dist", NoGroups())
         if rank == 1:
             patch.setattr(_joining, "Reader", refuse)
         with serving(address, flag=True) as serve:
@@ -636,7 +646,7 @@ def test_an_entry_rank_that_cannot_hold_requests_keeps_all_apart(engines: Ranks,
 
 def on_two_nodes(rank: int, address: str) -> list[bool]:
     """One of the two was never asked to have shmcast: no collective may wait for it."""
-    from shmcast.integrations.sglang import _joining, _link
+    from shmcast.integrations.sglang import _link
 
     engine = Engine(address, flag=True)
     try:

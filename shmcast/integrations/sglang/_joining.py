@@ -97,8 +97,7 @@ def share(scheduler: Any, settings: Settings, admit: Callable[[Writer], Admissio
     tokenizer: Reader | None = None
 
     said = _exchange(group, mine)
-    replica = [other for other in range(len(said)) if said[other].place.replica == place.replica]
-    replica.sort(key=lambda other: (said[other].place.stage, said[other].place.attn_cp, said[other].place.attn_tp))
+    replica = _replicas(said)[place.replica]
     why = _trouble(said, replica)
 
     if not why and place.receives:
@@ -190,17 +189,32 @@ def _attach(ranks: int, index: int, number: int, settings: Settings) -> tuple[Re
 
 
 def _make_groups(world: ProcessGroup, said: list[_Said]) -> dict[tuple[int, int], ProcessGroup]:
-    """One for each stage of each replica that has several ranks, by both; of others than this rank's, nothing to use.
+    """One for each stage of several ranks, of the replicas that share; of others than this rank's, nothing to use.
 
     Every rank of the world makes all of them in this order, as SGLang makes its own. A group that only its members make
-    is named by its ranks: made again, it would find the addresses of the one before it.
+    is named by its ranks: made again, it would find the addresses of the one before it. None is made to be destroyed:
+    a rank may still be connecting when another one, done with it, hangs up.
     """
-    ranks: dict[tuple[int, int], list[int]] = {}
-    for rank, each in enumerate(said):
-        ranks.setdefault((each.place.replica, each.place.stage), []).append(dist.get_global_rank(world, rank))
+    stages: dict[tuple[int, int], list[int]] = {}
+    for number, replica in _replicas(said).items():
+        for rank in replica if not _trouble(said, replica) else ():
+            stages.setdefault((number, said[rank].place.stage), []).append(dist.get_global_rank(world, rank))
     return {
-        stage: dist.new_group(members, backend="gloo") for stage, members in sorted(ranks.items()) if len(members) > 1
+        stage: dist.new_group(sorted(members), backend="gloo")
+        for stage, members in sorted(stages.items())
+        if len(members) > 1
     }
+
+
+def _replicas(said: list[_Said]) -> dict[int, list[int]]:
+    """The ranks of each replica; its entry rank comes first, and those of a stage stand together."""
+    places = [each.place for each in said]
+    found: dict[int, list[int]] = {}
+    for rank in sorted(
+        range(len(said)), key=lambda rank: (places[rank].stage, places[rank].attn_cp, places[rank].attn_tp)
+    ):
+        found.setdefault(places[rank].replica, []).append(rank)
+    return found
 
 
 def _exchange(group: ProcessGroup, mine: _Said) -> list[_Said]:
