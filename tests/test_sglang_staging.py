@@ -1,6 +1,7 @@
 """The tokenizer's copies of large tensors: right, made once, and gone with what they were copied from."""
 
 import gc
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from shmcast import ArenaFull, Writer
+from shmcast.integrations.sglang import _staging
 from shmcast.integrations.sglang._staging import SHARE, STAGED_FROM, Staging
 from tests.support.waiting import until
 
@@ -195,3 +197,18 @@ def test_a_closed_one_stages_nothing() -> None:
     with pytest.raises(RuntimeError):
         made.stage(Item(noise(300, 400)))
     made.writer.close()
+
+
+def test_a_tensor_that_outlives_the_module_goes_quietly(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the interpreter's end modules lose their names before the last objects go."""
+    said: list[Any] = []
+    tensor = noise(300, 400)
+    world.stage(Item(tensor))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", said.append)
+        for name in [name for name in vars(_staging) if not name.startswith("__")]:
+            patch.setattr(_staging, name, None)
+        del tensor
+        gc.collect()
+    assert not said
+    assert not world.staging.clear()

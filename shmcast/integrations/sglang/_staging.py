@@ -6,7 +6,6 @@ Parallel sampling sends a request once and then once a sample, with new objects 
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import ref
@@ -110,10 +109,10 @@ class Staging:
             done.result()
 
     def _forget(self, number: int, origin: ref[Any]) -> None:
-        """Runs in finalizers; by now another object may have the number."""
-        with suppress(KeyError):
-            if self._staged[number].origin is origin:
-                del self._staged[number]
+        """Runs in finalizers, the last ones when this module has no names left; another object may have the number."""
+        staged = self._staged.get(number)
+        if staged is not None and staged.origin is origin:
+            self._staged.pop(number, None)
 
     def _staged_or_own(self, leaf: Any) -> Any:
         staged = self._found(leaf) if nbytes_of(leaf) >= STAGED_FROM else None
