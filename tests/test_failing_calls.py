@@ -23,6 +23,7 @@ from tests.support.failing import MAIN, PLANE, READER, UNLINK, Failing
 from tests.support.forks import ForkFailed, fork
 from tests.support.leaks import Snapshot, wait_until_clean
 from tests.support.ranks import Ranks
+from tests.support.writers import names
 from tests.test_broadcaster import double, until
 from tests.test_broadcaster import payload as payload_of
 
@@ -186,14 +187,10 @@ def close_ends(failing: Failing) -> str:
     return failing.failed
 
 
-def names_of(stem: str) -> list[str]:
-    return [name for name in os.listdir("/dev/shm") if stem in name]
-
-
 def swept(stem: str) -> bool:
     gc.collect()
     sweep()
-    return not names_of(stem)
+    return not names(stem)
 
 
 def unnamed(arena: _arena.Arena) -> bool:
@@ -207,7 +204,7 @@ def idle_ends(failing: Failing) -> str:
         with Reader(writer.address, 0), Reader(writer.address, 1):
             arena, stem = writer._arena, writer.address.stem[1:]
             until(partial(unnamed, arena))
-        assert not names_of(stem)
+        assert not names(stem)
     del writer, arena
     left = wait_until_clean(before)
     assert not left, left

@@ -4,8 +4,6 @@ import gc
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,22 +14,9 @@ from shmcast import ArenaFull, Writer
 from shmcast.integrations.sglang import _staging
 from shmcast.integrations.sglang._staging import SHARE, STAGED_FROM, Staging
 from tests.support.waiting import until
+from tests.test_sglang_pointers import RELEASE, Item
 
 MIB = 1 << 20
-
-
-@dataclass
-class Item:
-    feature: Any
-    precomputed_embeddings: Any = None
-    model_specific_data: dict[str, Any] = field(default_factory=dict)
-
-
-def with_items(raw: dict[str, Any], items: list[Item]) -> dict[str, Any]:
-    return raw | {"mm_items": items}
-
-
-RELEASE: Any = SimpleNamespace(items=lambda raw: raw["mm_items"], with_items=with_items)
 
 
 class World:
@@ -91,7 +76,7 @@ def test_a_copy_has_the_same_elements(world: World, leaf: Any) -> None:
 def test_all_of_a_request_are_in_one_block(world: World) -> None:
     leaves = list(LARGE.values())
     data: dict[str, Any] = {"listed": leaves[3:6], "nested": {"one": leaves[6], "small": torch.ones(3)}, "text": "text"}
-    first = Item(leaves[0], (leaves[1],), data)
+    first = Item(leaves[0], (leaves[1],), model_specific_data=data)
     second = Item([leaves[2], *leaves[7:]])
     ours, others = world.stage(first, second)
     assert world.blocks == 1
@@ -109,7 +94,10 @@ def test_all_of_a_request_are_in_one_block(world: World) -> None:
 
 
 def test_what_is_small_is_left_to_its_message(world: World) -> None:
-    small = Item(torch.ones(STAGED_FROM // 4 - 1), None, {"grid": np.ones(3), "object": np.array([None] * 20_000)})
+    small = Item(
+        torch.ones(STAGED_FROM // 4 - 1),
+        model_specific_data={"grid": np.ones(3), "object": np.array([None] * 20_000)},
+    )
     (item,) = world.stage(small)
     assert item == small
     assert item is not small

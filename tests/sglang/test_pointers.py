@@ -214,9 +214,8 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_no_segment_of_the_tokenizer_stays(engines: Ranks, tmp_path: Path, way: Callable[[int, str], None]) -> None:
-    engines.run(
-        4 if way in (staged, unmapped_staged) else 2, way, at(tmp_path)
-    )  # the look for what is left is every test's
+    """The look for what is left is every test's."""
+    engines.run(4 if way in (staged, unmapped_staged) else 2, way, at(tmp_path))
 
 
 def gone(rank: int, address: str) -> str:

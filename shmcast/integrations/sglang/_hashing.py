@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from shmcast import _threads
-from shmcast.integrations.sglang._leaves import FEATURES, leaves, nbytes_of
+from shmcast.integrations.sglang._leaves import FEATURES, leaves_of, nbytes_of
 from shmcast.integrations.sglang._settings import hashes_in_gpu_buffer, is_on
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Hashing:
 
 
 def _nbytes(item: Any) -> int:
-    return sum(nbytes_of(leaf) for name in FEATURES for leaf in leaves(getattr(item, name)))
+    return sum(map(nbytes_of, leaves_of(item, FEATURES)))
 
 
 def splits_or_moves() -> bool:

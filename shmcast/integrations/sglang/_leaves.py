@@ -28,6 +28,11 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def leaves_of(item: Any, names: tuple[str, ...] = FIELDS) -> Iterator[Any]:
+    """What is in these fields of it."""
+    return (leaf for name in names for leaf in leaves(getattr(item, name)))
+
+
 def replaced(value: Any, new: Callable[[Any], Any]) -> Any:
     """The same with `new` of each leaf; the same object where every leaf stays."""
     if isinstance(value, dict):

@@ -24,7 +24,7 @@ import torch
 
 from shmcast._room import SHM
 from shmcast.errors import LayoutError
-from shmcast.integrations.sglang._leaves import FEATURES, FIELDS, leaves, nbytes_of, replace
+from shmcast.integrations.sglang._leaves import FEATURES, leaves_of, nbytes_of, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,14 +117,14 @@ class Pointer:
 def pointers(release: Release, inputs: Any) -> list[Pointer]:
     """All in inputs, raw or made; in what is none of SGLang's there are none."""
     with suppress(AttributeError, KeyError, TypeError):
-        found = (leaf for item in release.items(inputs) for name in FEATURES for leaf in leaves(getattr(item, name)))
+        found = (leaf for item in release.items(inputs) for leaf in leaves_of(item, FEATURES))
         return [leaf for leaf in found if isinstance(leaf, Pointer)]
     return []
 
 
 def held_bytes(release: Release, raw: Any) -> int:
     """Of the tensors and arrays of all items, here or in segments."""
-    found = (leaf for item in release.items(raw) for name in FIELDS for leaf in leaves(getattr(item, name)))
+    found = (leaf for item in release.items(raw) for leaf in leaves_of(item))
     return sum(leaf.nbytes if isinstance(leaf, Pointer) else nbytes_of(leaf) for leaf in found)
 
 

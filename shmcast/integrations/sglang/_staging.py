@@ -14,11 +14,9 @@ import numpy as np
 import torch
 
 from shmcast import _threads
-from shmcast.integrations.sglang._leaves import FIELDS, leaves, nbytes_of, replace
+from shmcast.integrations.sglang._leaves import leaves_of, nbytes_of, replace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from shmcast.integrations.sglang._release import Release
     from shmcast.transport import Writer
 
@@ -55,7 +53,7 @@ class Staging:
             ArenaFull: there is no room for them.
         """
         items = self._release.items(raw)
-        large = {id(leaf): leaf for item in items for leaf in _leaves(item) if self._is_new(leaf)}
+        large = {id(leaf): leaf for item in items for leaf in leaves_of(item) if self._is_new(leaf)}
         if large:
             self._copy(list(large.values()))
         return self._release.with_items(raw, [replace(copy.copy(item), self._staged_or_own) for item in items])
@@ -68,7 +66,7 @@ class Staging:
 
     def close(self) -> None:
         """Forget all, and stage nothing more."""
-        self._staged.clear()
+        self.clear()
         self._pool.shutdown()
 
     def _is_new(self, leaf: Any) -> bool:
@@ -117,10 +115,6 @@ class Staging:
     def _staged_or_own(self, leaf: Any) -> Any:
         staged = self._found(leaf) if nbytes_of(leaf) >= STAGED_FROM else None
         return leaf if staged is None else staged
-
-
-def _leaves(item: Any) -> Iterator[Any]:
-    return (leaf for name in FIELDS for leaf in leaves(getattr(item, name)))
 
 
 def _bytes_of(leaf: Any) -> Any:
