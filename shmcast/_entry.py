@@ -82,7 +82,8 @@ class Entry:
             with self._owing_a_header():
                 with self._counters.timed("publish"):
                     made = self._send(obj, None, heals=False)
-                self._announce([made.sent], made.sent)
+                self._announce(made.sent)
+            self._count(made.sent)
             if made.error is not None:
                 raise made.error
             self._agree(made.sent, lambda: self._inline(obj))
@@ -101,7 +102,8 @@ class Entry:
                 made = self._make(task, fn)
                 if made.sent.route is HeaderRoute.PICKLE:
                     made = made._replace(sent=self._pickle([made]))
-                self._announce([made.sent], made.sent)
+                self._announce(made.sent)
+            self._count(made.sent)
             if made.again:
                 return self._run(task, fn)
             if made.error is not None:
@@ -134,11 +136,17 @@ class Entry:
             with self._owing_a_header(made):
                 tasks = self._tasks(raws, weights)
                 for number, task in enumerate(tasks):
-                    made.append(self._make(task, fn))
-                    if not self._policy.agree and made[-1].is_on_its_way:
-                        deliver(number, made[-1].obj, made[-1].sent.size)
+                    each = self._make(task, fn)
+                    made.append(each)
+                    if not self._policy.agree and each.is_on_its_way:
+                        # Before the header: who has the result may look for it in the counters.
+                        self._count(each.sent)
+                        deliver(number, each.obj, each.sent.size)
                 index = self._send_index(made)
-                self._announce([m.sent for m in made], index)
+                self._announce(index)
+            for each in made:
+                if self._policy.agree or not each.is_on_its_way:
+                    self._count(each.sent)
             self._agree(index, lambda: self._inline_batch(made))
         except ControlBroken as broken:
             note(self._counters, Reason.CONTROL, broken)
@@ -157,14 +165,14 @@ class Entry:
         if not all(self._costs.chooses_local(weight) for weight in weights):
             return False
         with suppress(ControlBroken):
-            self._announce([], Sent(HeaderRoute.LOCAL, Reason.COST))
+            self._announce(Sent(HeaderRoute.LOCAL, Reason.COST))
         return True
 
     def skip_batch(self) -> None:
         """Have the other ranks run `fn` themselves for one batch: this one is closing."""
         if self._control.broken is None:
             with suppress(ControlBroken):
-                self._announce([], Sent(HeaderRoute.LOCAL, Reason.CLOSED))
+                self._announce(Sent(HeaderRoute.LOCAL, Reason.CLOSED))
 
     # Making and sending.
 
@@ -307,11 +315,11 @@ class Entry:
             self._withdraw(m.sent for m in made)
             if self._owing and self._control.broken is None:
                 with suppress(ControlBroken):
-                    self._announce([], Sent(HeaderRoute.NONE, Reason.RAISED, text=describe(error)))
+                    self._announce(Sent(HeaderRoute.NONE, Reason.RAISED, text=describe(error)))
             raise
 
-    def _announce(self, sents: Sequence[Sent], sent: Sent) -> None:
-        """The header, and what it promises. `sents`: what it speaks of, taken back if it cannot be said."""
+    def _announce(self, sent: Sent) -> None:
+        """The header, and what it promises, which is taken back if it cannot be said."""
         try:
             self._owing = False
             with self._counters.timed("header"):
@@ -320,12 +328,13 @@ class Entry:
             if sent.inline is not None:
                 self._control.send_tensor(sent.inline)
         except BaseException:
-            self._withdraw((*sents, sent))
+            self._withdraw((sent,))
             raise
-        for each in sents:
-            self._counters.message(each.route.name.lower(), each.size)
-            if each.reason not in CHOICES and each.reason is not Reason.CLOSED:
-                note(self._counters, each.reason, each.text or "no shared memory in this group")
+
+    def _count(self, sent: Sent) -> None:
+        self._counters.message(sent.route.name.lower(), sent.size)
+        if sent.reason not in CHOICES and sent.reason is not Reason.CLOSED:
+            note(self._counters, sent.reason, sent.text or "no shared memory in this group")
 
     def _withdraw(self, sents: Iterable[Sent]) -> None:
         for sent in sents:
@@ -342,7 +351,7 @@ class Entry:
                     "a rank could not rebuild the object, not even from inline bytes: its log says why"
                 )
             sent = again()
-            self._announce([], sent)
+            self._announce(sent)
             note(self._counters, Reason.OPEN, "a rank could not open the message; it was sent again inline")
             if sent.route is HeaderRoute.NONE:
                 raise MaterializeError(f"a rank could not open the message, and it cannot be sent inline: {sent.text}")
