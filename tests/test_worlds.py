@@ -232,7 +232,8 @@ def test_with_few_descriptors_an_end_is_refused_or_works(ranks: Ranks, end: str)
 
 
 def grow_without_descriptors() -> tuple[str, bool]:
-    with small_steps(), Writer(1, capacity=64 * MIB, policy=HURRY) as writer:
+    # A wait that is long enough for the reader to map the new segment.
+    with small_steps(), Writer(1, capacity=64 * MIB, policy=Policy(wait=1.0)) as writer:
         with few_descriptors(0):
             text = refusal(lambda: writer.publish(payload(1, 2 * MIB)))
         return text, use(writer, 2 * MIB)
