@@ -275,7 +275,7 @@ def late_header(rank: int, held: bool) -> tuple[list[Any], dict[str, int]]:
     """The entry rank calls when the other has given up; then all is as before."""
     policy = Policy(peers_hold_raw=held)
     raw = {"a": payload(1)}
-    with Broadcaster(control="ring", policy=policy, timeout=0.2) as group:
+    with Broadcaster(control="ring", policy=policy, timeout=1.0) as group:
         told = []
         if rank == 0:
             dist.barrier()
