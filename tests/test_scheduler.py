@@ -15,6 +15,7 @@ import torch.distributed as dist
 from shmcast import MultimodalInputs, Policy
 from shmcast._control import GroupControl
 from shmcast._lease import COPY_BELOW
+from shmcast._points import Point
 from shmcast.errors import ShmcastError, UnknownRequest
 from shmcast.scheduler import SchedulerBackend
 from shmcast.transport import Writer
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.multiprocess
 
 LONG = 60.0
 SIZE = 150_000
+MIB = 1 << 20
 SHM = Policy(route="shm", local_below=0)
 WAYS = list(itertools.product(["entry", "spread"], ["ring", "group"]))
 every_way = pytest.mark.parametrize(("placement", "control"), WAYS)
@@ -194,6 +196,32 @@ def gate() -> Iterator[tuple[Callable[[Any], Any], threading.Event]]:
         yield fn, event
     finally:
         event.set()
+
+
+def taken_before_the_header_is_said(rank: int, placement: str, control: str) -> tuple[dict[str, int], dict[str, int]]:
+    """The maker gets no further than the header of a batch before its results are taken."""
+    taken = threading.Event()
+
+    def reached(point: Point) -> None:
+        if point is Point.SENT:
+            assert taken.wait(LONG)
+
+    policy = Policy(route="shm", local_below=0, wait=0.0)
+    with backend(placement, control, policy=policy, capacity=MIB, reached=reached) as group:
+        group.submit([("fits", raw(1)), ("does not", raw(2, 2 * MIB))])
+        assert same(group.take("fits"), made(1))
+        assert same(group.take("does not"), made(2, 2 * MIB))
+        stats = group.stats()
+        taken.set()
+        settled(group)
+        return {route: seen.messages for route, seen in stats.routes.items()}, dict(stats.fallbacks)
+
+
+@pytest.mark.parametrize("control", ["ring", "group"])
+def test_what_was_taken_is_counted(ranks: Ranks, control: str) -> None:
+    maker, other = ranks.run(2, taken_before_the_header_is_said, "entry", control)
+    assert maker == ({"shm": 1, "local": 1}, {"full": 1})
+    assert other[0] == maker[0]
 
 
 def wait_for_one(rank: int, placement: str, control: str) -> None:

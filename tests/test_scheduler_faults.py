@@ -18,11 +18,10 @@ from shmcast.scheduler import SchedulerBackend
 from tests.support.codec import same
 from tests.support.ranks import Died, Ranks, Round
 from tests.test_broadcaster import until
-from tests.test_scheduler import LONG, SIZE, backend, every_way, gate, made, raw, settled, twice
+from tests.test_scheduler import LONG, MIB, SIZE, backend, every_way, gate, made, raw, settled, twice
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.faults]
 
-MIB = 1 << 20
 TIMEOUT = 4.0
 
 # Ranks tell the test process by files, and it them: there is no other channel that survives what is done to them.
