@@ -127,11 +127,14 @@ class Follower:
         inline = None
         if header.route in (HeaderRoute.INLINE, HeaderRoute.PICKLE):
             inline = self._control.receive_tensor(header.length)
-        if header.reason not in CHOICES:
-            said = header.text or "no shared memory in this group"
-            note(self._counters, header.reason, f"{self._entry} says: {said}")
+        self._note_said(header.reason, header.text)
         leaves = header.length if header.route is HeaderRoute.SHM else 0
         return Sent(header.route, header.reason, header.handle, inline, header.text, leaves=leaves)
+
+    def _note_said(self, reason: Reason, text: str) -> None:
+        """Count what the entry rank counted."""
+        if reason not in CHOICES:
+            note(self._counters, reason, f"{self._entry} says: {text or 'no shared memory in this group'}")
 
     def _resolve(self, sent: Sent, raw: R, fn: Callable[[R], T], leaves: Callable[[], Leaves | None]) -> _Taken:
         """What was sent, or what `fn` makes of this rank's own raw inputs."""
@@ -169,9 +172,9 @@ class Follower:
         """What a header says of each request of a batch of which this rank has all raw inputs."""
         if sent.route is HeaderRoute.LOCAL:
             return [sent] * count
-        if sent.route is HeaderRoute.PICKLE:
-            return self._take_pickled(sent, count)
-        return [sent] if count == 1 else self._take_index(sent, count)
+        if count == 1 and sent.route is not HeaderRoute.PICKLE:
+            return [sent]
+        return self._take_batch(sent, count)
 
     # Taking.
 
@@ -224,6 +227,13 @@ class Follower:
             for obj, text in made
         ]
 
+    def _take_batch(self, sent: Sent, count: int | None) -> list[Sent]:
+        pickled = sent.route is HeaderRoute.PICKLE
+        entries = self._take_pickled(sent, count) if pickled else self._take_index(sent, count)
+        for entry in entries:
+            self._note_said(entry.reason, entry.text)
+        return entries
+
     def _take_index(self, sent: Sent, count: int | None) -> list[Sent]:
         try:
             return parse_index(self._take(sent, None, count=False).obj, count)
@@ -236,8 +246,7 @@ class Follower:
 
     def _open_batch(self, sent: Sent, fn: Callable[[R], T], leaves: Sequence[Leaves | None] | None) -> list[Any]:
         count = None if leaves is None else len(leaves)
-        pickled = sent.route is HeaderRoute.PICKLE
-        entries = self._take_pickled(sent, count) if pickled else self._take_index(sent, count)
+        entries = self._take_batch(sent, count)
         with self._giving_back(entries):
             return [
                 MaterializeError(f"fn raised on rank {self._control.src}, the entry rank: {entry.text}")

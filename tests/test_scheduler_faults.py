@@ -257,7 +257,7 @@ def damage(rank: int, what: str) -> tuple[bool, dict[str, int]]:
     ("what", "expected"),
     [
         ("open", [{}, {"open": 1}]),
-        ("put", [{"encode": 1}, {}]),
+        ("put", [{"encode": 1}, {"encode": 1}]),
         ("index", [{}, {"open": 1}]),
     ],
 )
