@@ -10,7 +10,21 @@ from shmcast._codec import Allow, Encoded, Leaves, encode
 from shmcast._control import Control, ControlBroken
 from shmcast._costs import Costs, Weight
 from shmcast._points import Point, nowhere
-from shmcast._sent import Deliver, R, Sent, T, attempt, describe, ignore, index_of, note, pickled, walk, weigh
+from shmcast._sent import (
+    Deliver,
+    R,
+    Sent,
+    T,
+    attempt,
+    describe,
+    ignore,
+    index_of,
+    note,
+    note_sent,
+    pickled,
+    walk,
+    weigh,
+)
 from shmcast._wire import CHOICES, Handle, HeaderRoute, Reason
 from shmcast.errors import ArenaFull, ClosedError, MaterializeError, PeerDied, ShmcastError
 from shmcast.policy import Policy, Route
@@ -333,8 +347,8 @@ class Entry:
 
     def _count(self, sent: Sent) -> None:
         self._counters.message(sent.route.name.lower(), sent.size)
-        if sent.reason not in CHOICES and sent.reason is not Reason.CLOSED:
-            note(self._counters, sent.reason, sent.text or "no shared memory in this group")
+        if sent.reason is not Reason.CLOSED:
+            note_sent(self._counters, sent)
 
     def _withdraw(self, sents: Iterable[Sent]) -> None:
         for sent in sents:

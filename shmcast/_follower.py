@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from shmcast._control import Control, ControlBroken, NoHeader
 from shmcast._points import Point, nowhere
-from shmcast._sent import HERE, Deliver, R, Sent, T, attempt, ignore, note, parse_index, unpickled, walk
-from shmcast._wire import CHOICES, HeaderRoute, Reason
+from shmcast._sent import HERE, Deliver, R, Sent, T, attempt, ignore, note, note_sent, parse_index, unpickled, walk
+from shmcast._wire import HeaderRoute, Reason
 from shmcast.errors import ClosedError, LayoutError, MaterializeError, PeerDied, ShmcastError
 from shmcast.policy import Policy, Route
 from shmcast.transport import Reader, unpack_inline
@@ -127,14 +127,13 @@ class Follower:
         inline = None
         if header.route in (HeaderRoute.INLINE, HeaderRoute.PICKLE):
             inline = self._control.receive_tensor(header.length)
-        self._note_said(header.reason, header.text)
         leaves = header.length if header.route is HeaderRoute.SHM else 0
-        return Sent(header.route, header.reason, header.handle, inline, header.text, leaves=leaves)
+        sent = Sent(header.route, header.reason, header.handle, inline, header.text, leaves=leaves)
+        self._note_sent(sent)
+        return sent
 
-    def _note_said(self, reason: Reason, text: str) -> None:
-        """Count what the entry rank counted."""
-        if reason not in CHOICES:
-            note(self._counters, reason, f"{self._entry} says: {text or 'no shared memory in this group'}")
+    def _note_sent(self, sent: Sent) -> None:
+        note_sent(self._counters, sent, f"{self._entry} says: ")
 
     def _resolve(self, sent: Sent, raw: R, fn: Callable[[R], T], leaves: Callable[[], Leaves | None]) -> _Taken:
         """What was sent, or what `fn` makes of this rank's own raw inputs."""
@@ -231,7 +230,7 @@ class Follower:
         pickled = sent.route is HeaderRoute.PICKLE
         entries = self._take_pickled(sent, count) if pickled else self._take_index(sent, count)
         for entry in entries:
-            self._note_said(entry.reason, entry.text)
+            self._note_sent(entry)
         return entries
 
     def _take_index(self, sent: Sent, count: int | None) -> list[Sent]:

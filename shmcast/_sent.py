@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shmcast._codec import Leaves, nbytes_of
 from shmcast._costs import Weight
-from shmcast._wire import TEXT_BYTES, WITH_HANDLE, Handle, Header, HeaderRoute, Reason
+from shmcast._wire import CHOICES, TEXT_BYTES, WITH_HANDLE, Handle, Header, HeaderRoute, Reason
 from shmcast.errors import LayoutError
 from shmcast.multimodal import is_hashed
 
@@ -160,6 +160,12 @@ def walk(raw: object) -> Leaves | None:
     except Exception as error:
         log.debug("raw inputs that cannot be walked: %s", describe(error))
         return None
+
+
+def note_sent(counters: Counters, sent: Sent, by: str = "") -> None:
+    """Count why something is not sent the way it was meant to be, where it is not. `by`: put before the log's text."""
+    if sent.reason not in CHOICES:
+        note(counters, sent.reason, f"{by}{sent.text or 'no shared memory in this group'}")
 
 
 def note(counters: Counters, reason: Reason, detail: object) -> None:

@@ -198,7 +198,7 @@ def gate() -> Iterator[tuple[Callable[[Any], Any], threading.Event]]:
         event.set()
 
 
-def taken_before_the_header_is_said(rank: int, placement: str, control: str) -> tuple[dict[str, int], dict[str, int]]:
+def taken_before_the_header_is_said(rank: int, control: str) -> tuple[dict[str, int], dict[str, int]]:
     """The maker gets no further than the header of a batch before its results are taken."""
     taken = threading.Event()
 
@@ -207,7 +207,7 @@ def taken_before_the_header_is_said(rank: int, placement: str, control: str) -> 
             assert taken.wait(LONG)
 
     policy = Policy(route="shm", local_below=0, wait=0.0)
-    with backend(placement, control, policy=policy, capacity=MIB, reached=reached) as group:
+    with backend(control=control, policy=policy, capacity=MIB, reached=reached) as group:
         group.submit([("fits", raw(1)), ("does not", raw(2, 2 * MIB))])
         assert same(group.take("fits"), made(1))
         assert same(group.take("does not"), made(2, 2 * MIB))
@@ -219,7 +219,7 @@ def taken_before_the_header_is_said(rank: int, placement: str, control: str) -> 
 
 @pytest.mark.parametrize("control", ["ring", "group"])
 def test_what_was_taken_is_counted(ranks: Ranks, control: str) -> None:
-    told = ranks.run(2, taken_before_the_header_is_said, "entry", control)
+    told = ranks.run(2, taken_before_the_header_is_said, control)
     assert told == [({"shm": 1, "local": 1}, {"full": 1})] * 2
 
 

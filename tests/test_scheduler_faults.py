@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -108,14 +109,14 @@ def stop_one(rank: int, placement: str, folder: str, victim: int) -> tuple[bool,
         group.submit([(key, raw(key)) for key in range(12, 16)])
         after = take_all(group, range(12, 16))
         dist.barrier()
-        before = dict(group.stats().fallbacks)
+        before = Counter(group.stats().fallbacks)
         for first in range(16, 32, 4):
             group.submit([(key, raw(key)) for key in range(first, first + 4)])
             after = take_all(group, range(first, first + 4)) and after
             dist.barrier()
-        since = {reason: n - before.get(reason, 0) for reason, n in group.stats().fallbacks.items()}
+        since = Counter(group.stats().fallbacks) - before
         settled(group)
-        return during, after, {reason: n for reason, n in since.items() if n}
+        return during, after, dict(since)
 
 
 @pytest.mark.parametrize("placement", ["entry", "spread"])

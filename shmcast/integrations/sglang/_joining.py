@@ -97,7 +97,8 @@ def share(scheduler: Any, settings: Settings, admit: Callable[[Writer], Admissio
     tokenizer: Reader | None = None
 
     said = _exchange(group, mine)
-    replica = _replicas(said)[place.replica]
+    replicas = _replicas(said)
+    replica = replicas[place.replica]
     why = _trouble(said, replica)
 
     if not why and place.receives:
@@ -120,7 +121,7 @@ def share(scheduler: Any, settings: Settings, admit: Callable[[Writer], Admissio
         mine = replace(mine, attached=attached)
     said = _exchange(group, mine)
     why = why or _trouble(said, replica)
-    groups = _make_groups(group, said)
+    groups = _make_groups(group, said, replicas)
     if tokenizer is not None and any(said[other].attached != mine.attached for other in replica):
         tokenizer.close()
         tokenizer = None
@@ -188,7 +189,9 @@ def _attach(ranks: int, index: int, number: int, settings: Settings) -> tuple[Re
         return None, describe(error)
 
 
-def _make_groups(world: ProcessGroup, said: list[_Said]) -> dict[tuple[int, int], ProcessGroup]:
+def _make_groups(
+    world: ProcessGroup, said: list[_Said], replicas: dict[int, list[int]]
+) -> dict[tuple[int, int], ProcessGroup]:
     """One for each stage of several ranks, of the replicas that share; of others than this rank's, nothing to use.
 
     Every rank of the world makes all of them in this order, as SGLang makes its own. A group that only its members make
@@ -196,7 +199,7 @@ def _make_groups(world: ProcessGroup, said: list[_Said]) -> dict[tuple[int, int]
     a rank may still be connecting when another one, done with it, hangs up.
     """
     stages: dict[tuple[int, int], list[int]] = {}
-    for number, replica in _replicas(said).items():
+    for number, replica in replicas.items():
         for rank in replica if not _trouble(said, replica) else ():
             stages.setdefault((number, said[rank].place.stage), []).append(dist.get_global_rank(world, rank))
     return {
