@@ -68,8 +68,11 @@ def test_each_segment_is_registered_once_and_whole_also_later_ones(writer: Write
     with Reader(writer.address, 0, pin=True) as reader, Reader(writer.address, 1) as other:
         first = dict(cuda.registered)
         kept = [reader.open(writer.publish(big(1, 3 * BIG), readers=[0])) for _ in range(3)]
-        # It is registered before the reader lists it, on a thread of the reader's.
-        until(lambda: len(segments_of(reader)) == len(writer._arena._segments), "all that came later are mapped")
+        # The reader's thread lists a later segment, and then registers it.
+        until(
+            lambda: len(cuda.registered) == len(segments_of(reader)) == len(writer._arena._segments),
+            "all that came later are mapped and registered",
+        )
         assert len(cuda.registered) > len(first)
         assert first.items() < cuda.registered.items()
         assert cuda.registered == segments_of(reader)
